@@ -1,0 +1,61 @@
+// Which level this machine runs.
+#include "levels.h"
+
+#include <cstdlib>
+#include <string>
+
+namespace quark {
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+// What the kernels use of x86-64-v3 and v4; the processor and the operating system must both support it.
+bool has_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+constexpr CpuLevel kLevels[] = {
+    {"baseline", baseline::kernels, always},
+#if defined(__x86_64__)
+    {"v3", v3::kernels, has_v3},
+    {"v4", v4::kernels, has_v4},
+#endif
+};
+
+struct Choice {
+  Status status;
+  const CpuLevel* level = nullptr;
+};
+
+Choice choose() {
+  const char* wanted = std::getenv("QUARK_CPU_LEVEL");
+  std::string names;
+  const CpuLevel* best = nullptr;
+  for (const CpuLevel& level : kLevels) {
+    if (!level.is_supported()) continue;
+    names += names.empty() ? level.name : std::string(", ") + level.name;
+    if (!wanted || !*wanted || level.name == std::string_view(wanted)) best = &level;
+  }
+  if (best) return {Status(), best};
+  return {value_error("QUARK_CPU_LEVEL is '" + std::string(wanted) + "'; this machine and build support: " + names),
+          nullptr};
+}
+
+}  // namespace
+
+std::span<const CpuLevel> cpu_levels() { return kLevels; }
+
+Status cpu_level(const CpuLevel*& level) {
+  static const Choice choice = choose();
+  level = choice.level;
+  return choice.status;
+}
+
+}  // namespace quark

@@ -1,0 +1,521 @@
+// From tensors to the scalar numerics: which element meets which scale, in tiles that stay in the first-level cache.
+//
+// Everything is addressed by the flat row-major index of the logical array. Each operand has a Walk, which turns a
+// range of flat indices into runs of constant memory stride; strides, broadcasting and every granularity are just
+// Walks. A tile is loaded and widened to float32, computed on, narrowed and stored.
+//
+// Compiled once per CPU level, like numerics.h.
+#pragma once
+#include "numerics.h"
+#include "parallel.h"
+
+#if defined(__clang__)
+#define QUARK_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define QUARK_VECTORIZE _Pragma("GCC ivdep")
+#endif
+
+namespace quark::QUARK_LEVEL {
+namespace {
+
+/// Elements of a tile: four float32 buffers of it fit in half of a 32 KiB cache. Also the unit that threads share, so a
+/// packed byte never has two writers (the codes of a tile are whole bytes for every width).
+inline constexpr int64_t kTile = 1024;
+
+QUARK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- walks --------------------------------------------------------------------------------------------------------
+
+/// The memory offsets of one operand in row-major order of the logical array. The index along an axis is divided by
+/// `block` before it is multiplied by the stride.
+struct Walk {
+  int rank = 0;
+  int64_t size[2 * kMaxRank] = {}, stride[2 * kMaxRank] = {}, block[2 * kMaxRank] = {};
+
+  /// Adds an axis inside the others, merged with the axis before it where one stride serves both.
+  void push(int64_t n, int64_t step, int64_t neighbours) {
+    if (n == 1) return;
+    if (rank > 0 && neighbours == 1 && block[rank - 1] == 1 && stride[rank - 1] == step * n) {
+      size[rank - 1] *= n;
+      stride[rank - 1] = step;
+      return;
+    }
+    size[rank] = n;
+    stride[rank] = step;
+    block[rank] = neighbours;
+    ++rank;
+  }
+
+  /// Calls f(position, offset, n, stride) for each run of the flat range [begin, begin + count): the elements
+  /// position .. position + n of the range lie at offset, offset + stride, ...
+  template <class F>
+  QUARK_INLINE void runs(int64_t begin, int64_t count, F&& f) const {
+    if (rank == 0) {
+      if (count > 0) f(int64_t(0), int64_t(0), count, int64_t(0));
+      return;
+    }
+    int64_t index[2 * kMaxRank];
+    int64_t rest = begin;
+    for (int d = rank - 1; d > 0; --d) {
+      index[d] = rest % size[d];
+      rest /= size[d];
+    }
+    index[0] = rest;
+    const int last = rank - 1;
+    for (int64_t position = 0; position < count;) {
+      int64_t offset = 0;
+      for (int d = 0; d < last; ++d) offset += index[d] / block[d] * stride[d];
+      while (index[last] < size[last] && position < count) {
+        const int64_t b = block[last];
+        const int64_t inside = b == 1 ? size[last] - index[last] : min(b - index[last] % b, size[last] - index[last]);
+        const int64_t n = min(inside, count - position);
+        f(position, offset + index[last] / b * stride[last], n, b == 1 ? stride[last] : int64_t(0));
+        position += n;
+        index[last] += n;
+      }
+      index[last] = 0;
+      for (int d = last - 1; d >= 0; --d) {
+        if (++index[d] < size[d]) break;
+        if (d > 0) index[d] = 0;
+      }
+    }
+  }
+};
+
+/// The walk of a tensor over its own elements.
+inline Walk walk_of(const TensorView& t) {
+  Walk w;
+  for (int d = 0; d < t.rank; ++d) w.push(t.shape[d], t.strides[d], 1);
+  return w;
+}
+
+/// The walk of scales over the elements that they belong to. A scale of one element may have any rank.
+inline Walk scale_walk(const TensorView& scale, const int64_t* shape, const QuantSpec& spec) {
+  Walk w;
+  const bool single = scale.elements() == 1;
+  for (int d = 0; d < spec.rank; ++d) {
+    const int64_t n = shape[d], b = spec.block[d];
+    const int64_t step = single ? 0 : scale.strides[d];
+    if (single || b == 0 || b >= n) {
+      w.push(n, 0, 1);
+    } else if (n % b == 0) {
+      w.push(n / b, step, 1);
+      w.push(b, 0, 1);
+    } else {
+      w.push(n, step, b);
+    }
+  }
+  return w;
+}
+
+// ---- tiles --------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Stored {
+  T raw;
+};
+struct BFloat16Bits {
+  uint16_t raw;
+};
+struct Float16Bits {
+  uint16_t raw;
+};
+
+QUARK_INLINE float widen(BFloat16Bits h) { return from_bfloat16(h.raw); }
+QUARK_INLINE float widen(Float16Bits h) { return from_float16(h.raw); }
+template <class T>
+QUARK_INLINE float widen(Stored<T> v) {
+  return float(v.raw);
+}
+QUARK_INLINE void narrow(float x, BFloat16Bits& out) { out.raw = to_bfloat16(x); }
+QUARK_INLINE void narrow(float x, Float16Bits& out) { out.raw = to_float16(x); }
+QUARK_INLINE void narrow(float x, Stored<float>& out) { out.raw = x; }
+QUARK_INLINE void narrow(float x, Stored<double>& out) { out.raw = double(x); }
+template <class T>
+QUARK_INLINE void narrow(float x, Stored<T>& out) {
+  out.raw = T(int32_t(x));  // integers: x is one, and in range
+}
+
+/// Calls f with a null pointer of the type that stores `dtype`. fp8 dtypes are bytes here: codes, not values.
+template <class F>
+QUARK_INLINE void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(static_cast<Stored<float>*>(nullptr));
+    case DType::float64: return f(static_cast<Stored<double>*>(nullptr));
+    case DType::float16: return f(static_cast<Float16Bits*>(nullptr));
+    case DType::bfloat16: return f(static_cast<BFloat16Bits*>(nullptr));
+    case DType::int8: return f(static_cast<Stored<int8_t>*>(nullptr));
+    case DType::int16: return f(static_cast<Stored<int16_t>*>(nullptr));
+    case DType::uint16: return f(static_cast<Stored<uint16_t>*>(nullptr));
+    case DType::int32: return f(static_cast<Stored<int32_t>*>(nullptr));
+    case DType::int64: return f(static_cast<Stored<int64_t>*>(nullptr));
+    case DType::uint8:
+    case DType::float8_e4m3fn:
+    case DType::float8_e5m2:
+    case DType::float8_e4m3fnuz:
+    case DType::float8_e5m2fnuz: return f(static_cast<Stored<uint8_t>*>(nullptr));
+  }
+}
+
+/// One contiguous or strided run, widened.
+template <class T>
+inline void load_run(const T* from, int64_t stride, float* to, int64_t n) {
+  if (stride == 1) {
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+  } else if (stride == 0) {
+    const float x = widen(*from);
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) to[i] = x;
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i * stride]);
+  }
+}
+
+template <class T>
+inline void store_run(const float* from, T* to, int64_t stride, int64_t n) {
+  if (stride == 1) {
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i * stride]);
+  }
+}
+
+/// A tensor read or written tile by tile as float32.
+struct Data {
+  TensorView view;
+  Walk walk;
+
+  explicit Data(const TensorView& t) : view(t), walk(walk_of(t)) {}
+  Data(const TensorView& t, const Walk& w) : view(t), walk(w) {}
+
+  /// The elements themselves where they are float32 in one piece, else nullptr.
+  QUARK_INLINE float* direct(int64_t begin) const {
+    const bool whole = walk.rank == 0 || (walk.rank == 1 && walk.stride[0] == 1 && walk.block[0] == 1);
+    return whole && view.dtype == DType::float32 ? static_cast<float*>(view.data) + begin : nullptr;
+  }
+
+  QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
+    if (const float* here = direct(begin)) return here;
+    with_type(view.dtype, [&]<class T>(T*) {
+      walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+        load_run(static_cast<const T*>(view.data) + offset, stride, buffer + position, n);
+      });
+    });
+    return buffer;
+  }
+
+  /// Where to write a tile; `store` then moves it to the tensor.
+  QUARK_INLINE float* target(int64_t begin, float* buffer) const {
+    float* here = direct(begin);
+    return here ? here : buffer;
+  }
+
+  QUARK_INLINE void store(int64_t begin, int64_t count, const float* values) const {
+    if (direct(begin) == values) return;
+    with_type(view.dtype, [&]<class T>(T*) {
+      walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+        store_run(values + position, static_cast<T*>(view.data) + offset, stride, n);
+      });
+    });
+  }
+};
+
+/// The largest finite value of a dtype that data may have (float64 is computed in float32).
+inline float limit_of(DType dtype) {
+  if (dtype == DType::float16) return 65504.0f;
+  if (dtype == DType::bfloat16) return 0x1.fep127f;
+  return float_of(kMaxFinite);
+}
+
+// ---- scales -------------------------------------------------------------------------------------------------------
+
+/// The scales and zero points of one tile.
+struct TileScales {
+  const float* s;
+  const float* z;
+  bool uniform;  ///< one entry serves the whole tile
+};
+
+class Scales {
+ public:
+  Scales(const TensorView& scale, const TensorView* zero_point, const int64_t* shape, const QuantSpec& spec)
+      : scale_(scale, scale_walk(scale, shape, spec)),
+        zero_(zero_point ? *zero_point : scale, scale_walk(zero_point ? *zero_point : scale, shape, spec)),
+        has_zero_(zero_point != nullptr) {}
+
+  bool has_zero_points() const { return has_zero_; }
+
+  /// Fills the tile's entries into the buffers.
+  QUARK_INLINE TileScales load(int64_t begin, int64_t count, float* s, float* z) const {
+    const bool uniform = is_uniform(scale_.walk, begin, count) && (!has_zero_ || is_uniform(zero_.walk, begin, count));
+    const int64_t n = uniform ? 1 : count;
+    if (!has_zero_) {
+      for (int64_t i = 0; i < n; ++i) z[i] = 0.0f;
+      return {scale_.load(begin, n, s), z, uniform};
+    }
+    return {scale_.load(begin, n, s), zero_.load(begin, n, z), uniform};
+  }
+
+ private:
+  static QUARK_INLINE bool is_uniform(const Walk& walk, int64_t begin, int64_t count) {
+    if (walk.rank == 0) return true;
+    const int last = walk.rank - 1;
+    const int64_t index = begin % walk.size[last];
+    if (index + count > walk.size[last]) return false;
+    const int64_t b = walk.block[last];
+    return b == 1 ? walk.stride[last] == 0 : index / b == (index + count - 1) / b;
+  }
+
+  Data scale_, zero_;
+  bool has_zero_;
+};
+
+// ---- the elementwise loops ----------------------------------------------------------------------------------------
+
+struct QuantizeBody {
+  template <Arithmetic A, Rounding R>
+  static QUARK_INLINE float apply(float x, float, float s, float z, float, const Grid& g) {
+    return quantize_value<A, R>(x, s, z, g);
+  }
+};
+
+struct FakeQuantizeBody {
+  template <Arithmetic A, Rounding R>
+  static QUARK_INLINE float apply(float x, float, float s, float z, float limit, const Grid& g) {
+    return fake_quantize_value<A, R>(x, s, z, limit, g);
+  }
+};
+
+struct FakeQuantizeBackwardBody {
+  template <Arithmetic A, Rounding R>
+  static QUARK_INLINE float apply(float x, float grad, float s, float z, float, const Grid& g) {
+    return is_inside<A, R>(x, s, z, g) ? grad : 0.0f;
+  }
+};
+
+struct DequantizeBody {
+  template <Arithmetic A, Rounding R>
+  static QUARK_INLINE float apply(float y, float, float s, float z, float limit, const Grid&) {
+    return dequantize_value<A>(y, s, z, limit);
+  }
+};
+
+using TileLoop = void (*)(const float* x, const float* grad, float* out, int64_t n, const TileScales&, float limit,
+                          const Grid&);
+
+template <class Body, Arithmetic A, Rounding R>
+void tile_loop(const float* x, const float* grad, float* out, int64_t n, const TileScales& scales, float limit,
+               const Grid& grid) {
+  const Grid g = grid;  // a copy that no store can alias
+  if (scales.uniform) {
+    const float s = scales.s[0], z = scales.z[0];
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<A, R>(x[i], grad[i], s, z, limit, g);
+  } else {
+    const float *s = scales.s, *z = scales.z;
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<A, R>(x[i], grad[i], s[i], z[i], limit, g);
+  }
+}
+
+template <class Body, Arithmetic A>
+TileLoop tile_loop_for(Rounding rounding) {
+  switch (rounding) {
+#define QUARK_ROUNDING(name) \
+  case Rounding::name: return tile_loop<Body, A, Rounding::name>;
+    QUARK_ROUNDINGS(QUARK_ROUNDING)
+#undef QUARK_ROUNDING
+  }
+  return nullptr;
+}
+
+/// The loop for a spec. Casts round to nearest even only.
+template <class Body>
+TileLoop tile_loop_for(const QuantSpec& spec, bool has_zero_point) {
+  const Format& f = spec.format;
+  if (f.storage == DType::float16) return tile_loop<Body, Arithmetic::float16, Rounding::half_even>;
+  if (f.storage == DType::bfloat16) return tile_loop<Body, Arithmetic::bfloat16, Rounding::half_even>;
+  if (!f.is_integer()) return tile_loop_for<Body, Arithmetic::minifloat>(spec.rounding);
+  if (has_zero_point) return tile_loop_for<Body, Arithmetic::affine>(spec.rounding);
+  return tile_loop_for<Body, Arithmetic::integer>(spec.rounding);
+}
+
+// ---- codes --------------------------------------------------------------------------------------------------------
+
+/// Code i is bits [bits * i, bits * i + bits) of a little-endian bit stream; the last byte is filled with zero bits.
+inline void pack_codes(const uint8_t* codes, int64_t n, uint32_t bits, uint8_t* bytes) {
+  const uint32_t mask = (1u << bits) - 1u;
+  if (bits == 4) {
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n / 2; ++i) bytes[i] = uint8_t((codes[2 * i] & 15u) | codes[2 * i + 1] << 4);
+    if (n % 2) bytes[n / 2] = codes[n - 1] & 15u;
+    return;
+  }
+  uint32_t stream = 0, filled = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    stream |= (codes[i] & mask) << filled;
+    for (filled += bits; filled >= 8; filled -= 8, stream >>= 8) *bytes++ = uint8_t(stream);
+  }
+  if (filled > 0) *bytes = uint8_t(stream);
+}
+
+inline void unpack_codes(const uint8_t* bytes, int64_t n, uint32_t bits, uint8_t* codes) {
+  const uint32_t mask = (1u << bits) - 1u;
+  if (bits == 4) {
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n / 2; ++i) {
+      codes[2 * i] = bytes[i] & 15u;
+      codes[2 * i + 1] = uint8_t(bytes[i] >> 4);
+    }
+    if (n % 2) codes[n - 1] = bytes[n / 2] & 15u;
+    return;
+  }
+  uint32_t stream = 0, filled = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (; filled < bits; filled += 8) stream |= uint32_t(*bytes++) << filled;
+    codes[i] = uint8_t(stream & mask);
+    stream >>= bits;
+    filled -= bits;
+  }
+}
+
+/// The codes of a logical array, one apiece or packed along the last axis, read and written as the floats that
+/// quantize_value makes.
+class Codes {
+ public:
+  Codes(const TensorView& t, const QuantSpec& spec, int64_t row_length)
+      : data_(t), grid_(make_grid(spec)), bits_(spec.format.bits), packed_(spec.packed),
+        fixed_point_(spec.format.is_fixed_point()),
+        numbers_(!packed_ && (spec.format.is_integer() || spec.format.is_cast())), signed_(spec.format.lo < 0),
+        step_(float_of(uint32_t(spec.format.min_exp - spec.format.mantissa_bits + 127) << 23)), row_(row_length),
+        row_bytes_((row_length * bits_ + 7) / 8) {}
+
+  QUARK_INLINE float* target(int64_t, float* buffer) const { return buffer; }
+
+  QUARK_INLINE void store(int64_t begin, int64_t count, const float* y) const {
+    if (numbers_) return data_.store(begin, count, y);
+    alignas(64) uint8_t codes[kTile];
+    if (fixed_point_) {
+      const float per_step = 1.0f / step_;
+      QUARK_VECTORIZE
+      for (int64_t i = 0; i < count; ++i) codes[i] = uint8_t(int32_t(y[i] * per_step));
+    } else {
+      const Grid g = grid_;
+      const uint32_t bits = bits_;
+      QUARK_VECTORIZE
+      for (int64_t i = 0; i < count; ++i) codes[i] = uint8_t(encode(y[i], g, bits));
+    }
+    store_bytes(begin, count, codes);
+  }
+
+  QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
+    if (numbers_) return data_.load(begin, count, buffer);
+    alignas(64) uint8_t codes[kTile];
+    load_bytes(begin, count, codes);
+    if (fixed_point_) {
+      const uint32_t top = signed_ ? 1u << (bits_ - 1) : 0u;  // of two's complement
+      const uint32_t mask = signed_ ? (top << 1) - 1u : 0xffu;
+      const float step = step_;
+      QUARK_VECTORIZE
+      for (int64_t i = 0; i < count; ++i) buffer[i] = float(int32_t((codes[i] & mask) ^ top) - int32_t(top)) * step;
+    } else {
+      const Grid g = grid_;
+      const uint32_t bits = bits_;
+      QUARK_VECTORIZE
+      for (int64_t i = 0; i < count; ++i) buffer[i] = decode(codes[i], g, bits);
+    }
+    return buffer;
+  }
+
+  /// How far before this element packed codes must be read from: back to the start of a byte.
+  QUARK_INLINE int64_t lead(int64_t begin) const { return packed_ ? begin % row_ % 8 : 0; }
+
+ private:
+  QUARK_INLINE void store_bytes(int64_t begin, int64_t count, const uint8_t* codes) const {
+    alignas(64) uint8_t packed[kTile];
+    const uint8_t* bytes = codes;
+    if (packed_) {
+      pack_codes(codes, count, bits_, packed);
+      bytes = packed;
+      to_bytes(begin, count);
+    }
+    auto* to = static_cast<uint8_t*>(data_.view.data);
+    data_.walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+      if (stride == 1) {
+        __builtin_memcpy(to + offset, bytes + position, size_t(n));
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[offset + i * stride] = bytes[position + i];
+      }
+    });
+  }
+
+  QUARK_INLINE void load_bytes(int64_t begin, int64_t count, uint8_t* codes) const {
+    alignas(64) uint8_t packed[kTile];
+    const int64_t wanted = count;
+    uint8_t* bytes = packed_ ? packed : codes;
+    if (packed_) to_bytes(begin, count);
+    const auto* from = static_cast<const uint8_t*>(data_.view.data);
+    data_.walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+      if (stride == 1) {
+        __builtin_memcpy(bytes + position, from + offset, size_t(n));
+      } else {
+        for (int64_t i = 0; i < n; ++i) bytes[position + i] = from[offset + i * stride];
+      }
+    });
+    if (packed_) unpack_codes(packed, wanted, bits_, codes);
+  }
+
+  /// Turns a range of codes, which starts on a byte and stays in one row (or in rows of whole bytes), into its bytes.
+  QUARK_INLINE void to_bytes(int64_t& begin, int64_t& count) const {
+    begin = begin / row_ * row_bytes_ + begin % row_ * bits_ / 8;
+    count = (count * bits_ + 7) / 8;
+  }
+
+  Data data_;
+  Grid grid_;
+  uint32_t bits_;
+  bool packed_;
+  bool fixed_point_;  ///< of equal steps, two's complement where signed
+  bool numbers_;      ///< stored in a dtype that holds the values themselves
+  bool signed_;
+  float step_;        ///< fixed point: the value of code 1
+  int64_t row_, row_bytes_;
+};
+
+// ---- tiles of an operation ----------------------------------------------------------------------------------------
+
+/// The logical array cut into tiles: anywhere in the flat order, but where rows end in padding bits each row by itself.
+struct Tiling {
+  int64_t row, per_row, count;
+
+  Tiling(int64_t elements, int64_t row_length, const QuantSpec& spec) {
+    const bool padded = spec.packed && row_length * spec.format.bits % 8 != 0;
+    row = padded ? row_length : elements;
+    per_row = (row + kTile - 1) / kTile;
+    count = elements == 0 ? 0 : elements / row * per_row;
+  }
+
+  QUARK_INLINE int64_t begin(int64_t tile) const { return tile / per_row * row + tile % per_row * kTile; }
+  QUARK_INLINE int64_t size(int64_t tile) const { return min(kTile, row - tile % per_row * kTile); }
+};
+
+/// Runs f(begin, count) for every tile, on the executor's threads.
+template <class F>
+void for_each_tile(Executor& executor, const Tiling& tiling, const F& f) {
+  struct Task {
+    const Tiling& tiling;
+    const F& f;
+  } task{tiling, f};
+  executor.run(
+      tiling.count, kTile,
+      [](void* context, int64_t first, int64_t last) {
+        const Task& t = *static_cast<const Task*>(context);
+        for (int64_t tile = first; tile < last; ++tile) t.f(t.tiling.begin(tile), t.tiling.size(tile));
+      },
+      &task);
+}
+
+}  // namespace
+}  // namespace quark::QUARK_LEVEL

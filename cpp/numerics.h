@@ -1,0 +1,294 @@
+// The scalar numerics: what one element becomes. Host and device, CPU levels and GPUs share these functions.
+//
+// They are branch-free (selects only), so the loops around them vectorize, and every operation is an IEEE basic
+// operation or an integer one, so results are the same everywhere. The float environment must be the default one:
+// round to nearest even, subnormals honoured (parallel.h, FloatEnvironment).
+//
+// This header is compiled once per CPU level: QUARK_LEVEL is the namespace, and everything has internal linkage, so
+// the linker can't give one level another level's code.
+#pragma once
+#include "spec.h"
+
+#ifndef QUARK_LEVEL
+#define QUARK_LEVEL host
+#endif
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define QUARK_INLINE __host__ __device__ __forceinline__
+#else
+#define QUARK_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace quark::QUARK_LEVEL {
+namespace {
+
+// ---- bits ---------------------------------------------------------------------------------------------------------
+
+QUARK_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+QUARK_INLINE float float_of(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+inline constexpr uint32_t kSign = 0x80000000u;
+inline constexpr uint32_t kInfinity = 0x7f800000u;
+inline constexpr uint32_t kNaN = 0x7fc00000u;
+inline constexpr uint32_t kMaxFinite = 0x7f7fffffu;
+inline constexpr uint32_t kMinNormal = 0x00800000u;
+
+QUARK_INLINE uint32_t sign_of(float x) { return bits_of(x) & kSign; }
+QUARK_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
+QUARK_INLINE bool is_nan(float x) { return x != x; }
+/// The one NaN that is ever written, with the sign of x.
+QUARK_INLINE float nan_like(float x) { return float_of(kNaN | sign_of(x)); }
+/// NaN passes through; never fminf/fmaxf, which drop it.
+QUARK_INLINE float clamp(float x, float lo, float hi) {
+  x = x < lo ? lo : x;
+  return x > hi ? hi : x;
+}
+
+// ---- 16-bit floats ------------------------------------------------------------------------------------------------
+
+QUARK_INLINE float from_bfloat16(uint16_t h) { return float_of(uint32_t(h) << 16); }
+
+QUARK_INLINE uint16_t to_bfloat16(float x) {
+  const uint32_t u = bits_of(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return uint16_t(is_nan(x) ? 0x7fc0u | (u >> 16 & 0x8000u) : rounded);
+}
+
+QUARK_INLINE float from_float16(uint16_t h) {
+  const uint32_t m = h & 0x7fffu;
+  const uint32_t normal = (m << 13) + (112u << 23);
+  const uint32_t subnormal = bits_of(float(int32_t(m)) * 0x1p-24f);
+  const uint32_t special = kInfinity | (m << 13);
+  const uint32_t u = m >= 0x7c00u ? special : m < 0x0400u ? subnormal : normal;
+  return float_of(u | uint32_t(h & 0x8000u) << 16);
+}
+
+QUARK_INLINE uint16_t to_float16(float x) {
+  const uint32_t m = bits_of(x) & ~kSign;
+  // Below 2^-14 the last place is 2^-24: that of 0.5, so one addition rounds.
+  const uint32_t subnormal = bits_of(float_of(m) + 0.5f) - bits_of(0.5f);
+  const uint32_t normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
+  const uint32_t finite = m < (113u << 23) ? subnormal : normal;
+  const uint32_t h = m > kInfinity ? 0x7e00u : m >= 0x477ff000u ? 0x7c00u : finite;
+  return uint16_t(h | (bits_of(x) >> 16 & 0x8000u));
+}
+
+// ---- grids --------------------------------------------------------------------------------------------------------
+
+/// A format and its range as loop constants.
+struct Grid {
+  float lo, hi;               ///< integers: the range of codes; others: of values
+  uint32_t min_exp;           ///< 2^min_exp as float bits
+  uint32_t mantissa;          ///< mantissa bits
+  float plus_zero;            ///< added to a result: +0 turns -0 into +0, where the format has no -0; -0 changes nothing
+  uint32_t nan, nan_sign;     ///< quantized NaN: these bits, with the input's sign where nan_sign is kSign
+  uint32_t nan_code;          ///< the code written for NaN, but for the sign
+  uint32_t nan_from, inf_at;  ///< read: magnitude codes that are NaN (from here up), and infinity
+};
+
+QUARK_INLINE Grid make_grid(const QuantSpec& spec) {
+  constexpr uint32_t kNever = 0xffffffffu;
+  const Format& f = spec.format;
+    const bool has_nan = f.specials != Specials::none;
+  const bool has_minus_zero = f.exponent_bits > 0 && f.specials != Specials::fnuz;
+  const uint32_t top = (1u << (f.bits - 1)) - 1u;  // the largest magnitude code
+  Grid g{};
+  g.lo = f.is_integer() ? spec.quant_min : f.lo;
+  g.hi = f.is_integer() ? spec.quant_max : f.hi;
+  g.min_exp = uint32_t(f.min_exp + 127) << 23;
+  g.mantissa = f.mantissa_bits;
+  g.plus_zero = has_minus_zero ? -0.0f : 0.0f;
+  g.nan = has_nan ? kNaN : 0;
+  g.nan_sign = has_nan ? kSign : 0;
+  g.nan_code = f.specials == Specials::fnuz ? top + 1 : top;
+  g.nan_from = g.inf_at = kNever;
+  if (f.specials == Specials::nan) g.nan_from = top;
+  if (f.specials == Specials::ieee) g.inf_at = top - ((1u << f.mantissa_bits) - 1u), g.nan_from = g.inf_at + 1;
+  return g;
+}
+
+/// Rounds |t| to an integer: the magnitude of R(t), t = ±m. Exact for every finite m (from 2^23 up it is one already).
+template <Rounding R>
+QUARK_INLINE float round_magnitude(float m, bool negative) {
+  const float nearest = m < 0x1p23f ? (m + 0x1p23f) - 0x1p23f : m;
+  if constexpr (R == Rounding::half_even) return nearest;
+  const float down = nearest - (nearest > m ? 1.0f : 0.0f);
+  const float up = down + (down < m ? 1.0f : 0.0f);
+  if constexpr (R == Rounding::toward_zero) return down;
+  if constexpr (R == Rounding::floor) return negative ? up : down;
+  if constexpr (R == Rounding::ceil) return negative ? down : up;
+  // Never add 0.5: 0.49999997 + 0.5 is 1.
+  const float away = m - down >= 0.5f ? up : down;
+  if constexpr (R == Rounding::half_away) return away;
+  const float toward_plus = up - m >= 0.5f ? down : up;  // of a negative t: -0.5 goes to -0
+  return negative ? toward_plus : away;
+}
+
+/// R(t) for an integer grid. -0 may result.
+template <Rounding R>
+QUARK_INLINE float round_to_integer(float t) {
+  return float_of(bits_of(round_magnitude<R>(magnitude(t), sign_of(t) != 0)) | sign_of(t));
+}
+
+/// The same for |t| < 2^22: one anchor serves both signs.
+template <Rounding R>
+QUARK_INLINE float round_small_to_integer(float t) {
+  if constexpr (R == Rounding::half_even) return (t + 0x1.8p23f) - 0x1.8p23f;
+  return round_to_integer<R>(t);
+}
+
+/// R(v) on a float grid, for |v| at most 4 * g.hi. The sign of zero is that of v. NaN: unspecified bits.
+template <Rounding R>
+QUARK_INLINE float round_to_grid(float v, const Grid& g) {
+  const float m = magnitude(v);
+  const uint32_t exponent = bits_of(v) & kInfinity;
+  const uint32_t e = exponent > g.min_exp ? exponent : g.min_exp;
+  float r;
+  if constexpr (R == Rounding::half_even) {
+    // The anchor's last place is the grid's spacing at m, so the addition rounds and the subtraction is exact.
+    const float anchor = float_of(e + ((23u - g.mantissa) << 23));
+    r = (m + anchor) - anchor;
+  } else {
+    const float spacing = float_of(e - (g.mantissa << 23));
+    const float inverse = float_of((254u << 23) - (e - (g.mantissa << 23)));
+    r = round_magnitude<R>(m * inverse, sign_of(v) != 0) * spacing;
+  }
+  return float_of(bits_of(r) | sign_of(v)) + g.plus_zero;
+}
+
+// ---- quantize -----------------------------------------------------------------------------------------------------
+
+/// How one element is computed. `affine` is `integer` with a zero point.
+enum class Arithmetic : uint8_t { integer, affine, minifloat, float16, bfloat16 };
+
+/// The code of x as a float: integers the code itself, other formats the value that the code stands for.
+/// v = x / s; integers: clamp(R(v) + z, lo, hi), others: R(clamp(v, lo, hi)). NaN: NaN where the format has one, else
+/// the code of zero.
+template <Arithmetic A, Rounding R>
+QUARK_INLINE float quantize_value(float x, float s, float z, const Grid& g) {
+  const float v = x / s;
+  if constexpr (A == Arithmetic::integer) {
+    const float t = is_nan(v) ? 0.0f : v;
+    return round_small_to_integer<R>(clamp(t, g.lo, g.hi)) + 0.0f;  // -0 becomes +0
+  }
+  if constexpr (A == Arithmetic::affine) {
+    const float t = is_nan(v) ? 0.0f : v;
+    return clamp(round_to_integer<R>(clamp(t, g.lo - z, g.hi - z)) + z, g.lo, g.hi);
+  }
+  float y = v;
+  if constexpr (A == Arithmetic::minifloat) y = round_to_grid<R>(clamp(v, g.lo, g.hi), g);
+  if constexpr (A == Arithmetic::float16) y = from_float16(to_float16(v));
+  if constexpr (A == Arithmetic::bfloat16) y = from_bfloat16(to_bfloat16(v));
+  return is_nan(v) ? float_of(g.nan | (sign_of(x) & g.nan_sign)) : y;
+}
+
+/// Whether the clipped gradient passes: R(v) (integers: R(v) + z), on the grid continued past its ends, is inside
+/// [lo, hi]. NaN isn't.
+template <Arithmetic A, Rounding R>
+QUARK_INLINE bool is_inside(float x, float s, float z, const Grid& g) {
+  const float v = x / s;
+  if constexpr (A == Arithmetic::integer || A == Arithmetic::affine) {
+    // Two codes past the end are as far outside as infinity.
+    const float q = round_to_integer<R>(clamp(v, g.lo - z - 2.0f, g.hi - z + 2.0f)) + z;
+    return q >= g.lo && q <= g.hi;
+  }
+  float y = v;
+  if constexpr (A == Arithmetic::minifloat) y = round_to_grid<R>(clamp(v, 4.0f * g.lo, 4.0f * g.hi), g);
+  if constexpr (A == Arithmetic::float16) y = from_float16(to_float16(v));
+  if constexpr (A == Arithmetic::bfloat16) y = from_bfloat16(to_bfloat16(v));
+  return !is_nan(v) && y >= g.lo && y <= g.hi;
+}
+
+// ---- dequantize ---------------------------------------------------------------------------------------------------
+
+/// (y - z) * s in float32, saturating at ±limit (the output dtype's largest finite value), unless the code itself is
+/// infinite. A NaN result has y's sign.
+template <Arithmetic A>
+QUARK_INLINE float dequantize_value(float y, float s, float z, float limit) {
+  float product = y * s;
+  if constexpr (A == Arithmetic::affine) product = (y - z) * s;
+  float bound = limit;
+  if constexpr (A != Arithmetic::integer && A != Arithmetic::affine)
+    bound = magnitude(y) == float_of(kInfinity) ? float_of(kInfinity) : limit;
+  return is_nan(product) ? nan_like(y) : clamp(product, -bound, bound);
+}
+
+/// dequantize(quantize(x)), but NaN stays NaN in every format.
+template <Arithmetic A, Rounding R>
+QUARK_INLINE float fake_quantize_value(float x, float s, float z, float limit, const Grid& g) {
+  const float y = dequantize_value<A>(quantize_value<A, R>(x, s, z, g), s, z, limit);
+  return is_nan(x) ? nan_like(x) : y;
+}
+
+// ---- minifloat codes ----------------------------------------------------------------------------------------------
+
+/// The code of a value of the grid. With e = max(exponent, min_exp), |y| is an integer q of spacings 2^(e - mantissa);
+/// an anchor addition shows q, and each step of e past min_exp is worth 2^mantissa codes.
+QUARK_INLINE uint32_t encode(float y, const Grid& g, uint32_t bits) {
+  const uint32_t exponent = bits_of(y) & kInfinity;
+  const uint32_t e = exponent > g.min_exp ? exponent : g.min_exp;
+  const uint32_t anchor = e + ((23u - g.mantissa) << 23);
+  const uint32_t q = bits_of(magnitude(y) + float_of(anchor)) - anchor;
+  const uint32_t code = is_nan(y) ? g.nan_code : q + (((e - g.min_exp) >> 23) << g.mantissa);
+  return code | (bits_of(y) >> 31) << (bits - 1);
+}
+
+/// The value of a code.
+QUARK_INLINE float decode(uint32_t code, const Grid& g, uint32_t bits) {
+  const uint32_t top = 1u << (bits - 1);
+  const uint32_t m = code & (top - 1u);
+  const uint32_t sign = (code & top) << (32 - bits);
+  const uint32_t field = m >> g.mantissa;
+  const uint32_t steps = field > 1 ? field - 1 : 0;  // of e past min_exp
+  const float q = float(int32_t(m - (steps << g.mantissa)));
+  const float finite = q * float_of(g.min_exp - (g.mantissa << 23) + (steps << 23));
+  // fnuz's NaN is the code of -0; it has no sign of its own.
+  const uint32_t fnuz_nan = g.nan_code;
+  uint32_t u = bits_of(finite) | sign;
+  u = m == g.inf_at ? kInfinity | sign : u;
+  u = m >= g.nan_from ? kNaN | sign : u;
+  return float_of(code == fnuz_nan && fnuz_nan == top ? kNaN : u);
+}
+
+// ---- dynamic scales -----------------------------------------------------------------------------------------------
+
+/// Bits that order like the magnitude of x if its sign is -, else 0. Unsigned maximum: NaN > inf > finite.
+QUARK_INLINE uint32_t below_zero(float x) { return bits_of(x) & ~kSign & uint32_t(int32_t(bits_of(x)) >> 31); }
+/// The same for the sign +.
+QUARK_INLINE uint32_t above_zero(float x) { return bits_of(x) & ~kSign & ~uint32_t(int32_t(bits_of(x)) >> 31); }
+
+struct ScaleAndZero {
+  float scale;
+  int32_t zero_point;
+};
+
+QUARK_INLINE float at_least_normal(float s) { return s < float_of(kMinNormal) ? float_of(kMinNormal) : s; }
+
+/// The scale of a group from its extremes: `low` and `high` are bits of max(-x, 0) and max(x, 0).
+/// Symmetric: s = amax / hi. Asymmetric: s = (high + low) / (hi - lo), z = clamp(lo - RNE(-low / s)).
+/// All zero: 1. NaN or inf in the group: NaN. Never 0, subnormal or inf.
+QUARK_INLINE ScaleAndZero scale_from_bounds(uint32_t low, uint32_t high, bool symmetric, const Grid& g) {
+  const uint32_t amax = low > high ? low : high;
+  const float lo = float_of(low), hi = float_of(high);
+  float s;
+  if (symmetric) {
+    s = float_of(amax) / g.hi;
+  } else {
+    const float steps = g.hi - g.lo, width = hi + lo;
+    s = bits_of(width) == kInfinity ? hi / steps + lo / steps : width / steps;
+    s = bits_of(s) == kInfinity ? float_of(kMaxFinite) : s;  // two codes for the whole range of float32
+  }
+  s = amax >= kInfinity ? float_of(kNaN) : amax == 0 ? 1.0f : at_least_normal(s);
+  const float below = amax >= kInfinity ? 0.0f : round_to_integer<Rounding::half_even>(lo / s);
+  return {s, int32_t(symmetric ? 0.0f : clamp(g.lo + below, g.lo, g.hi))};
+}
+
+}  // namespace
+}  // namespace quark::QUARK_LEVEL

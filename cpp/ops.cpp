@@ -1,0 +1,227 @@
+#include "ops.h"
+
+#include <cstring>
+#include <limits>
+#include <string>
+
+namespace quark {
+namespace {
+
+/// A shape as people write it: (2, 3).
+std::string text_of(const int64_t* shape, int rank) {
+  std::string text = "(";
+  for (int d = 0; d < rank; ++d) text.append(d ? ", " : "").append(std::to_string(shape[d]));
+  return text.append(rank == 1 ? ",)" : ")");
+}
+std::string text_of(const TensorView& t) { return text_of(t.shape, t.rank); }
+
+bool same_shape(const TensorView& a, const int64_t* shape, int rank) {
+  return a.rank == rank && std::memcmp(a.shape, shape, sizeof(int64_t) * size_t(rank)) == 0;
+}
+
+bool is_float(DType t) {
+  return t == DType::float32 || t == DType::float16 || t == DType::bfloat16 || t == DType::float64;
+}
+bool is_integer(DType t) {
+  return t == DType::int8 || t == DType::uint8 || t == DType::int16 || t == DType::uint16 || t == DType::int32 ||
+         t == DType::int64;
+}
+
+bool is_contiguous(const TensorView& t) {
+  int64_t expected = 1;
+  for (int d = t.rank - 1; d >= 0; --d) {
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+/// The bytes a tensor may touch, as addresses [first, last).
+struct Extent {
+  uintptr_t first, last;
+
+  explicit Extent(const TensorView& t) {
+    int64_t low = 0, high = 1;
+    for (int d = 0; d < t.rank; ++d) (t.strides[d] < 0 ? low : high) += (t.shape[d] - 1) * t.strides[d];
+    const auto base = reinterpret_cast<uintptr_t>(t.data);
+    first = base + uintptr_t(low * bytes_of(t.dtype));
+    last = base + uintptr_t(high * bytes_of(t.dtype));
+  }
+};
+
+/// Whether no two elements share memory, for the layouts that torch and NumPy make: sorted by stride, each axis steps
+/// over all that is inside it.
+bool is_injective(const TensorView& t) {
+  int64_t reach = 1;
+  bool used[kMaxRank] = {};
+  for (int k = 0; k < t.rank; ++k) {
+    int next = -1;
+    for (int d = 0; d < t.rank; ++d)
+      if (!used[d] && (next < 0 || std::abs(t.strides[d]) < std::abs(t.strides[next]))) next = d;
+    used[next] = true;
+    if (t.shape[next] == 1) continue;
+    if (std::abs(t.strides[next]) < reach) return false;
+    reach += (t.shape[next] - 1) * std::abs(t.strides[next]);
+  }
+  return true;
+}
+
+bool same_view(const TensorView& a, const TensorView& b) {
+  return a.data == b.data && a.dtype == b.dtype && same_shape(a, b.shape, b.rank) &&
+         std::memcmp(a.strides, b.strides, sizeof(int64_t) * size_t(a.rank)) == 0;
+}
+
+/// One call's tensors against its row and spec.
+class Checker {
+ public:
+  Checker(const OpRow& row, Tensors in, Tensors out, const QuantSpec& spec)
+      : row_(row), in_(in), out_(out), spec_(spec) {}
+
+  Status check() {
+    if (Status s = check_counts(); !s.ok()) return s;
+    if (Status s = find_logical_shape(); !s.ok()) return s;
+    for (size_t i = 0; i < in_.size(); ++i)
+      if (Status s = check_tensor(in_[i], row_.ins[i], "input " + std::to_string(i), false); !s.ok()) return s;
+    for (size_t i = 0; i < out_.size(); ++i)
+      if (Status s = check_tensor(out_[i], row_.outs[i], "output " + std::to_string(i), true); !s.ok()) return s;
+    return check_overlaps();
+  }
+
+ private:
+  std::string here(const std::string& argument) const { return std::string(row_.name) + ": " + argument; }
+
+  Status check_counts() const {
+    const auto fits = [](size_t given, std::string_view kinds) {
+      return given == kinds.size() || (kinds.back() == 'z' && given + 1 == kinds.size());
+    };
+    if (!fits(in_.size(), row_.ins) || !fits(out_.size(), row_.outs))
+      return value_error(here("got ") + std::to_string(in_.size()) + " inputs and " + std::to_string(out_.size()) +
+                         " outputs; its row is (" + row_.ins + ") -> (" + row_.outs + "), z optional");
+    const std::string_view outs = row_.outs;
+    if (outs.back() == 'z' && (out_.size() == outs.size()) == spec_.symmetric)
+      return value_error(here("a zero point output goes with an asymmetric spec, and only with one"));
+    return {};
+  }
+
+  /// The logical shape is that of the data, or of the codes where there is none.
+  Status find_logical_shape() {
+    const TensorView* codes = nullptr;
+    const auto look = [&](Tensors tensors, const char* kinds) {
+      for (size_t i = 0; i < tensors.size(); ++i)
+        if (kinds[i] == 'x' || kinds[i] == 'c') codes = codes ? codes : &tensors[i];
+    };
+    look(in_, row_.ins);
+    look(out_, row_.outs);
+    rank_ = codes->rank;
+    std::memcpy(shape_, codes->shape, sizeof(shape_));
+    const bool has_scales = std::strchr(row_.ins, 's') || std::strchr(row_.outs, 's');
+    if (has_scales && rank_ != spec_.rank)
+      return value_error(here("the spec's block has ") + std::to_string(spec_.rank) + " axes; the data has shape " +
+                         text_of(shape_, rank_));
+    return {};
+  }
+
+  Status check_tensor(const TensorView& t, char kind, const std::string& name, bool is_output) const {
+    if (t.device != Device::cpu) return {ErrorKind::unsupported, here(name) + " is on a GPU; this build has CPU kernels only"};
+    int64_t n = 1;
+    for (int d = 0; d < t.rank; ++d) {
+      if (t.shape[d] < 0 || __builtin_mul_overflow(n, t.shape[d], &n))
+        return value_error(here(name) + " has the impossible shape " + text_of(t));
+    }
+    if (n > std::numeric_limits<int64_t>::max() / 64) return value_error(here(name) + " is too large: shape " + text_of(t));
+    if (n > 0 && !t.data) return value_error(here(name) + " has no memory (a fake or meta tensor?)");
+    if (reinterpret_cast<uintptr_t>(t.data) % uintptr_t(bytes_of(t.dtype)) != 0)
+      return value_error(here(name) + " is not aligned to its dtype, " + name_of(t.dtype));
+    if (is_output && !is_injective(t)) return value_error(here(name) + " overlaps itself; an output needs memory of its own for every element");
+    return check_kind(t, kind, name, is_output);
+  }
+
+  Status check_kind(const TensorView& t, char kind, const std::string& name, bool is_output) const {
+    switch (kind) {
+      case 'x':
+        if (!is_float(t.dtype)) return wrong_dtype(t, name, "float32, float16, bfloat16 or float64");
+        return expect_shape(t, shape_, rank_, name);
+      case 'c':
+        if (t.dtype != DType::int8 && t.dtype != DType::uint8) return wrong_dtype(t, name, "int8 or uint8");
+        return expect_shape(t, shape_, rank_, name);
+      case 'q': return check_codes(t, name);
+      case 's':
+        if (is_output ? t.dtype != DType::float32 : !is_float(t.dtype))
+          return wrong_dtype(t, name, is_output ? "float32" : "a float dtype");
+        return check_scales(t, name, is_output);
+      default:
+        if (is_output ? t.dtype != DType::int32 : !is_integer(t.dtype))
+          return wrong_dtype(t, name, is_output ? "int32" : "an integer dtype");
+        if (!spec_.format.is_integer())
+          return value_error(here(name) + ": " + spec_.format.name + " has no zero point");
+        return check_scales(t, name, is_output);
+    }
+  }
+
+  Status check_codes(const TensorView& t, const std::string& name) const {
+    const DType wanted = spec_.packed ? DType::uint8 : spec_.format.storage;
+    if (t.dtype != wanted && !(spec_.format.is_fp8() && t.dtype == DType::uint8)) return wrong_dtype(t, name, name_of(wanted));
+    if (!spec_.packed) return expect_shape(t, shape_, rank_, name);
+    int64_t shape[kMaxRank] = {1};
+    std::memcpy(shape, shape_, sizeof(int64_t) * size_t(rank_));
+    const int rank = rank_ == 0 ? 1 : rank_;
+    if (spec_.length >= 0 && spec_.length != shape[rank - 1])
+      return value_error(here("the spec's length is ") + std::to_string(spec_.length) + "; the data has shape " +
+                         text_of(shape_, rank_));
+    shape[rank - 1] = (shape[rank - 1] * spec_.format.bits + 7) / 8;
+    return expect_shape(t, shape, rank, name);
+  }
+
+  Status check_scales(const TensorView& t, const std::string& name, bool is_output) const {
+    int64_t shape[kMaxRank];
+    int64_t n = 1;
+    for (int d = 0; d < rank_; ++d) n *= shape[d] = scale_length(shape_[d], spec_.block[d]);
+    if (is_output && !is_contiguous(t)) return value_error(here(name) + " must be contiguous");
+    if (n == 1 && t.elements() == 1) return {};  // any shape of one element
+    return expect_shape(t, shape, rank_, name);
+  }
+
+  Status expect_shape(const TensorView& t, const int64_t* shape, int rank, const std::string& name) const {
+    if (same_shape(t, shape, rank)) return {};
+    return value_error(here(name) + " has shape " + text_of(t) + "; expected " + text_of(shape, rank));
+  }
+
+  Status wrong_dtype(const TensorView& t, const std::string& name, const char* allowed) const {
+    return type_error(here(name) + " has dtype " + name_of(t.dtype) + "; allowed: " + allowed);
+  }
+
+  Status check_overlaps() const {
+    for (size_t o = 0; o < out_.size(); ++o) {
+      if (out_[o].elements() == 0) continue;
+      const Extent mine(out_[o]);
+      const auto meets = [&](const TensorView& t) {
+        const Extent other(t);
+        return t.elements() > 0 && mine.first < other.last && other.first < mine.last;
+      };
+      for (size_t i = 0; i < in_.size(); ++i)
+        if (meets(in_[i]) && !same_view(in_[i], out_[o]))
+          return value_error(here("output ") + std::to_string(o) + " overlaps input " + std::to_string(i) +
+                             "; only the very same tensor may be both");
+      for (size_t p = 0; p < o; ++p)
+        if (meets(out_[p])) return value_error(here("outputs ") + std::to_string(p) + " and " + std::to_string(o) + " overlap");
+    }
+    return {};
+  }
+
+  const OpRow& row_;
+  Tensors in_, out_;
+  const QuantSpec& spec_;
+  int rank_ = 0;
+  int64_t shape_[kMaxRank] = {};
+};
+
+}  // namespace
+
+Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  if (Status status = Checker(kOps[int(op)], in, out, spec).check(); !status.ok()) return status;
+  const CpuLevel* level = nullptr;
+  if (Status status = cpu_level(level); !status.ok()) return status;
+  return level->kernels[int(op)](in, out, spec, executor);
+}
+
+}  // namespace quark

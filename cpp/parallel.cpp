@@ -1,0 +1,103 @@
+#include "parallel.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+
+namespace quark {
+
+// ---- float environment --------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__) || defined(__i386__)
+namespace {
+constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040, kRoundingMode = 0x6000;
+}
+FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) {
+  _mm_setcsr(unsigned(saved_) & ~(kFlushToZero | kDenormalsAreZero | kRoundingMode));
+}
+FloatEnvironment::~FloatEnvironment() { _mm_setcsr(unsigned(saved_)); }
+#elif defined(__aarch64__)
+namespace {
+constexpr uint64_t kFlushToZero = 1u << 24, kFlushHalfToZero = 1u << 19, kRoundingMode = 3u << 22;
+}
+FloatEnvironment::FloatEnvironment() {
+  asm volatile("mrs %0, fpcr" : "=r"(saved_));
+  const uint64_t plain = saved_ & ~(kFlushToZero | kFlushHalfToZero | kRoundingMode);
+  asm volatile("msr fpcr, %0" : : "r"(plain));
+}
+FloatEnvironment::~FloatEnvironment() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+#else
+#error "quark-kernels: no FloatEnvironment for this processor (x86-64 and aarch64 have one)"
+#endif
+
+// ---- chunks -------------------------------------------------------------------------------------------------------
+
+int threads_for(int64_t elements, int64_t elements_per_thread, int available) {
+  return int(std::clamp<int64_t>(elements / elements_per_thread, 1, std::max(available, 1)));
+}
+
+ChunkQueue::ChunkQueue(int64_t items, int threads, Executor::Chunk chunk, void* context)
+    : chunk_(chunk), context_(context), items_(items), size_(std::max<int64_t>(1, items / (int64_t(threads) * 4))),
+      count_((items + size_ - 1) / size_), left_(count_) {}
+
+bool ChunkQueue::work() {
+  bool finished = false;
+  for (;;) {
+    const int64_t i = std::atomic_ref(next_).fetch_add(1, std::memory_order_relaxed);
+    if (i >= count_) return finished;
+    {
+      const FloatEnvironment environment;
+      chunk_(context_, i * size_, std::min(items_, (i + 1) * size_));
+    }
+    finished = std::atomic_ref(left_).fetch_sub(1, std::memory_order_acq_rel) == 1;
+  }
+}
+
+bool ChunkQueue::done() const {
+  return std::atomic_ref(const_cast<int64_t&>(left_)).load(std::memory_order_acquire) == 0;
+}
+
+void SerialExecutor::run(int64_t items, int64_t, Chunk chunk, void* context) {
+  if (items == 0) return;
+  const FloatEnvironment environment;
+  chunk(context, 0, items);
+}
+
+// ---- OpenMP -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+std::atomic<bool> forked_after_use{false};
+
+GompParallel find_gomp() {
+  void* found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  if (!found) {
+    if (void* library = dlopen("libgomp.so.1", RTLD_NOW | RTLD_LOCAL)) found = dlsym(library, "GOMP_parallel");
+  }
+  // From now on libgomp may have threads, which a forked child doesn't inherit.
+  if (found) pthread_atfork(nullptr, nullptr, [] { forked_after_use = true; });
+  return reinterpret_cast<GompParallel>(found);
+}
+
+GompParallel gomp() {
+  static const GompParallel parallel = find_gomp();
+  return parallel;
+}
+
+constexpr int64_t kElementsPerThread = 32768;  // below about 64k elements waking a second thread costs more than it saves
+
+}  // namespace
+
+void OpenMPExecutor::run(int64_t items, int64_t weight, Chunk chunk, void* context) {
+  const int threads = threads_for(items * weight, kElementsPerThread, threads_);
+  if (threads == 1 || forked_after_use || !gomp()) return SerialExecutor().run(items, weight, chunk, context);
+  ChunkQueue queue(items, threads, chunk, context);
+  gomp()([](void* q) { static_cast<ChunkQueue*>(q)->work(); }, &queue, unsigned(threads), 0);
+}
+
+}  // namespace quark

@@ -1,0 +1,164 @@
+#include "spec.h"
+
+#include <charconv>
+#include <cmath>
+#include <iterator>
+#include <mutex>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+
+namespace quark {
+namespace {
+
+constexpr Format kFormats[] = {
+#define QUARK_FORMAT(name, bits, exponent_bits, mantissa_bits, min_exp, lo, hi, specials, storage) \
+  {#name, bits, exponent_bits, mantissa_bits, min_exp, lo, hi, Specials::specials, DType::storage},
+#include "formats.inc"
+#undef QUARK_FORMAT
+};
+
+constexpr const char* kRoundingNames[] = {
+#define QUARK_ROUNDING(name) #name,
+    QUARK_ROUNDINGS(QUARK_ROUNDING)
+#undef QUARK_ROUNDING
+};
+
+std::string quoted(std::string_view text) { return "'" + std::string(text) + "'"; }
+
+template <class T>
+bool parse_number(std::string_view text, T& value) {
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  return error == std::errc() && end == text.data() + text.size();
+}
+
+Status parse_block(std::string_view text, QuantSpec& spec) {
+  while (!text.empty()) {
+    if (spec.rank == kMaxRank) return value_error("spec: block has more than " + std::to_string(kMaxRank) + " axes");
+    const size_t comma = text.find(',');
+    int64_t b = 0;
+    if (!parse_number(text.substr(0, comma), b) || b < 0)
+      return value_error("spec: block is " + quoted(text) + "; lengths must be integers >= 0");
+    spec.block[spec.rank++] = b;
+    text = comma == std::string_view::npos ? std::string_view() : text.substr(comma + 1);
+  }
+  return {};
+}
+
+Status parse_format(std::string_view name, QuantSpec& spec) {
+  for (const Format& row : kFormats) {
+    if (row.name != name) continue;
+    spec.format = row;
+    return {};
+  }
+  std::string known;
+  for (const Format& row : kFormats) known += std::string(known.empty() ? "" : ", ") + row.name;
+  return value_error("spec: unknown format " + quoted(name) + "; known: " + known);
+}
+
+/// The format behind "codes bits=B [signed]": integers of that width.
+Status codes_format(int bits, bool is_signed, QuantSpec& spec) {
+  if (bits < 1 || bits > 8) return value_error("spec: bits is " + std::to_string(bits) + "; packing takes 1 to 8");
+  const auto mantissa = uint8_t(is_signed ? bits - 1 : bits);
+  const float steps = float(1 << mantissa);
+  spec.format = {"codes", uint8_t(bits), 0, mantissa, mantissa, is_signed ? -steps : 0.0f, steps - 1.0f, Specials::none,
+                 is_signed ? DType::int8 : DType::uint8};
+  return {};
+}
+
+/// Checks what only makes sense together, and fills in the format's own range.
+Status complete(QuantSpec& spec, bool has_min, bool has_max) {
+  const Format& f = spec.format;
+  const bool is_integer = f.is_integer();
+  if (!is_integer && (has_min || has_max)) return value_error(std::string("spec: min and max are for integer formats, not ") + f.name);
+  if (!is_integer && !spec.symmetric) return value_error(std::string("spec: asymmetric is for integer formats, not ") + f.name);
+  if (is_integer) {
+    if (!has_min) spec.quant_min = f.lo;
+    if (!has_max) spec.quant_max = f.hi;
+    const auto is_code = [&](float v) { return v >= f.lo && v <= f.hi && std::nearbyint(v) == v; };
+    if (!is_code(spec.quant_min) || !is_code(spec.quant_max) || spec.quant_min >= spec.quant_max)
+      return value_error(std::string("spec: min and max must be codes of ") + f.name + " with min < max");
+    if (spec.symmetric && spec.quant_max <= 0) return value_error("spec: a symmetric range needs max > 0");
+  }
+  if (f.is_cast() && spec.rounding != Rounding::half_even)
+    return value_error(std::string("spec: ") + f.name + " is a cast and rounds half_even only");
+  if (spec.packed && f.bits > 8) return value_error(std::string("spec: ") + f.name + " has no packed form; it is wider than a byte");
+  return {};
+}
+
+}  // namespace
+
+std::span<const Format> formats() { return kFormats; }
+std::span<const char* const> rounding_names() { return kRoundingNames; }
+
+Status parse_spec(std::string_view text, QuantSpec& spec) {
+  spec = {};
+  bool has_min = false, has_max = false, is_signed = false, is_codes = false;
+  int bits = 0;
+  bool first = true;
+  while (!text.empty()) {
+    const size_t space = text.find(' ');
+    const std::string_view word = text.substr(0, space);
+    text = space == std::string_view::npos ? std::string_view() : text.substr(space + 1);
+    const size_t equals = word.find('=');
+    const std::string_view key = word.substr(0, equals);
+    const std::string_view value = equals == std::string_view::npos ? std::string_view() : word.substr(equals + 1);
+    bool good = true;
+    if (first) {
+      is_codes = word == "codes";
+      if (!is_codes)
+        if (Status status = parse_format(word, spec); !status.ok()) return status;
+      first = false;
+    } else if (key == "block") {
+      if (Status status = parse_block(value, spec); !status.ok()) return status;
+    } else if (key == "rounding") {
+      good = false;
+      for (int r = 0; r < int(std::size(kRoundingNames)); ++r)
+        if (value == kRoundingNames[r]) spec.rounding = Rounding(r), good = true;
+    } else if (key == "min") {
+      good = has_min = parse_number(value, spec.quant_min);
+    } else if (key == "max") {
+      good = has_max = parse_number(value, spec.quant_max);
+    } else if (key == "length") {
+      good = parse_number(value, spec.length) && spec.length >= 0;
+    } else if (key == "bits") {
+      good = parse_number(value, bits);
+    } else if (word == "asymmetric") {
+      spec.symmetric = false;
+    } else if (word == "packed") {
+      spec.packed = true;
+    } else if (word == "signed") {
+      is_signed = true;
+    } else {
+      good = key == "dtype";  // the Python schema's
+    }
+    if (!good) return value_error("spec: can't read " + quoted(word));
+  }
+  if (first) return value_error("spec: empty; it must start with a format's name");
+  if (is_codes)
+    if (Status status = codes_format(bits, is_signed, spec); !status.ok()) return status;
+  return complete(spec, has_min, has_max);
+}
+
+Status cached_spec(std::string_view text, QuantSpec& spec) {
+  struct Hash : std::hash<std::string_view> {
+    using is_transparent = void;
+  };
+  static std::unordered_map<std::string, QuantSpec, Hash, std::equal_to<>> cache;
+  static std::shared_mutex mutex;
+  constexpr size_t kMost = 4096;  // dynamic shapes make ever new lengths
+  {
+    const std::shared_lock lock(mutex);
+    if (const auto found = cache.find(text); found != cache.end()) {
+      spec = found->second;
+      return {};
+    }
+  }
+  if (Status status = parse_spec(text, spec); !status.ok()) return status;
+  const std::unique_lock lock(mutex);
+  if (cache.size() >= kMost) cache.clear();
+  cache.emplace(text, spec);
+  return {};
+}
+
+}  // namespace quark
