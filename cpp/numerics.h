@@ -106,7 +106,7 @@ QUARK_INLINE Grid make_grid(const QuantSpec& spec) {
   g.mantissa = f.mantissa_bits;
   g.plus_zero = has_minus_zero ? -0.0f : 0.0f;
   g.nan = has_nan ? kNaN : 0;
-  g.nan_sign = has_nan ? kSign : 0;
+  g.nan_sign = has_nan && f.specials != Specials::fnuz ? kSign : 0;
   g.nan_code = f.specials == Specials::fnuz ? top + 1 : top;
   g.nan_from = g.inf_at = kNever;
   if (f.specials == Specials::nan) g.nan_from = top;

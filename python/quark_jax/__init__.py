@@ -1,0 +1,32 @@
+"""quark-kernels for JAX."""
+
+from quark_kernels import (
+    PRESETS,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+    __version__,
+)
+from quark_jax.functions import choose_qparams, dequantize, fake_quantize, pack, quantize, unpack
+from quark_jax.qtensor import QTensor
+
+__all__ = [
+    "PRESETS",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QTensor",
+    "QuantSpec",
+    "__version__",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "pack",
+    "quantize",
+    "unpack",
+]

@@ -1,0 +1,358 @@
+"""The everyday functions on JAX arrays.
+
+Public functions resolve the static arguments, then enter one jitted function each, whose static argument is the OpSpec.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quark_jax.primitives import call
+from quark_jax.qtensor import QTensor
+from quark_kernels import schema
+from quark_kernels.schema import OpSpec, Shape
+from quark_kernels.spec import QuantSpec, as_spec, one_of
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_array(name: str, x: object) -> jax.Array:
+    if isinstance(x, jax.Array):
+        return x
+    if isinstance(x, (np.ndarray, np.generic)):
+        return jnp.asarray(x)
+    raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: a jax.Array or NumPy array")
+
+
+def _check_data(name: str, x: object) -> jax.Array:
+    x = _check_array(name, x)
+    schema.expect_float(name, x.dtype.name)
+    return x
+
+
+@lru_cache(4096)
+def _plan(
+    spec: Any, axis: int | None, group_size: int | None, shape: Shape, packed: bool | None, dtype: str | None
+) -> tuple[QuantSpec, OpSpec]:
+    """What a call with these static arguments does; remembered."""
+    whole = as_spec(spec, _dtype_name(spec)).along(axis, group_size)
+    use_packed = packed is not False and schema.use_packed(whole, packed)
+    return whole, schema.op_spec(whole, shape, use_packed, dtype)
+
+
+def _dtype_name(spec: Any) -> str | None:
+    if isinstance(spec, (str, QuantSpec)):
+        return None
+    try:
+        return np.dtype(spec).name
+    except TypeError:
+        return None
+
+
+def _check_spec(spec: object) -> None:
+    if not isinstance(spec, (str, QuantSpec)) and (spec is None or _dtype_name(spec) is None):
+        raise TypeError(f"spec is {spec!r}; allowed: a QuantSpec, a preset's name or a dtype")
+
+
+def _scales(spec: QuantSpec, shape: Shape, scale: Any, zero_point: Any) -> tuple[jax.Array, jax.Array | None] | None:
+    """The given scale and zero point in normal form; None where the scale is dynamic."""
+    schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
+    if scale is None:
+        return None
+    if isinstance(scale, (int, float)):
+        scale = np.float32(scale)
+    if isinstance(zero_point, int):
+        zero_point = np.int32(zero_point)
+    scale = _check_array("scale", scale)
+    schema.expect_float("scale", scale.dtype.name)
+    scale = scale.reshape(schema.scale_argument_shape("scale", scale.shape, spec, shape))
+    if zero_point is not None:
+        zero_point = _check_array("zero_point", zero_point)
+        schema.expect_integer("zero_point", zero_point.dtype.name)
+        zero_point = zero_point.reshape(schema.scale_argument_shape("zero_point", zero_point.shape, spec, shape))
+    return scale.astype(np.float32), zero_point
+
+
+def _public(a: jax.Array, spec: QuantSpec, shape: Shape) -> jax.Array:
+    """A scale or zero point in the shape that users see."""
+    return a.reshape(schema.public_scale_shape(spec, shape))
+
+
+# ---- functions -------------------------------------------------------------------------------------------------------
+
+
+def quantize(
+    x: jax.Array,
+    spec: Any,
+    *,
+    scale: jax.Array | float | None = None,
+    zero_point: jax.Array | int | None = None,
+    axis: int | None = None,
+    group_size: int | None = None,
+    packed: bool | None = None,
+) -> QTensor:
+    """Quantize ``x``: codes ``R(x / scale) + zero_point``, clamped to the format's range.
+
+    The quotient is a float32 division whatever ``x.dtype``; float64 is rounded to float32 first. NaN becomes the format's
+    NaN, or the code of zero where it has none; infinities saturate. Its gradient is zero (``fake_quantize`` has one).
+    Arguments other than arrays are static under ``jit``.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64.
+        spec: a preset's name, a dtype or a QuantSpec.
+        scale: per tensor one element of any shape; else x's rank with one entry per group (1 where shared), or 1-D per
+            channel. None: dynamic, from the extremes of each group (NaN where a group holds NaN or inf).
+        zero_point: integers shaped like ``scale``; for integer formats with a given scale. None: 0.
+        axis: makes a per-tensor spec per channel; for a spec with groups, the axis they run along.
+        group_size: makes a per-tensor spec per group along ``axis`` (default -1); for a spec with groups, their size.
+        packed: whether codes narrower than a byte share bytes, low bits first. None: for fp4 only.
+
+    Returns:
+        A QTensor. Its scale is float32: 0-d per tensor, else x's rank.
+
+    Raises:
+        TypeError: a wrong kind of array or dtype.
+        ValueError: a wrong name, shape, axis, size or combination.
+    """
+    x = _check_data("x", x)
+    _check_spec(spec)
+    whole, op_spec = _plan(spec, axis, group_size, x.shape, packed, None)
+    given = _scales(whole, x.shape, scale, zero_point)
+    if given is None:
+        q, s, *z = _quantize_dynamic(x, op_spec)
+        zero = z[0] if z else None
+    else:
+        s, zero = given
+        q = _quantize(x, s, zero, op_spec)
+        zero = None if zero is None else zero.astype(np.int32)
+    zero = None if zero is None else _public(zero, whole, x.shape)
+    return QTensor(q, _public(s, whole, x.shape), zero, None, None, whole, x.shape, x.dtype, op_spec.packed)
+
+
+def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
+    """Return the numbers that a QTensor stands for: ``(q - zero_point) * scale`` in float32, then ``dtype``.
+
+    Values beyond the dtype's largest finite one saturate; NaN scales give NaN. Differentiable to ``q.scale``.
+
+    Args:
+        q: a QTensor of JAX arrays.
+        dtype: float32, float16, bfloat16 or float64; None: that of the original array.
+
+    Returns:
+        An array of ``q.shape``.
+
+    Raises:
+        TypeError: not a QTensor, or another dtype.
+        ValueError: the parts of ``q`` don't fit together.
+    """
+    if not isinstance(q, QTensor):
+        raise TypeError(f"q is a {type(q).__module__}.{type(q).__name__}; allowed: a quark_jax.QTensor")
+    try:
+        name = np.dtype(q.dtype if dtype is None else dtype).name
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}; allowed: a dtype or None") from None
+    schema.expect_float("dtype", name)
+    if name == "float64" and not jax.config.jax_enable_x64:
+        raise TypeError("dtype is float64; JAX has it only with jax_enable_x64")
+    _, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
+    expected = schema.stored_shape(op_spec, tuple(q.shape))
+    if q.qvalue.shape != expected:
+        raise ValueError(f"q.qvalue has shape {q.qvalue.shape}; a QTensor of shape {q.shape} has codes of shape {expected}")
+    normal = [
+        None if a is None else a.reshape(schema.scale_argument_shape(f"q.{name}", a.shape, q.spec, tuple(q.shape)))
+        for name, a in (("scale", q.scale), ("zero_point", q.zero_point))
+    ]
+    return _dequantize(q.qvalue, *normal, op_spec)
+
+
+def fake_quantize(
+    x: jax.Array,
+    spec: Any,
+    *,
+    scale: jax.Array | float | None = None,
+    zero_point: jax.Array | int | None = None,
+    axis: int | None = None,
+    group_size: int | None = None,
+    gradient: str = "clipped",
+) -> jax.Array:
+    """Return ``dequantize(quantize(x))`` in one pass, bit for bit, but NaN stays NaN in every format.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64 (computed in float32).
+        spec: as for ``quantize``.
+        scale: as for ``quantize``; a constant to the gradient, dynamic or given.
+        zero_point: as for ``quantize``.
+        axis: as for ``quantize``.
+        group_size: as for ``quantize``.
+        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through; ``"ste"``: always passed through.
+
+    Returns:
+        An array of x's shape and dtype.
+
+    Raises:
+        TypeError: a wrong kind of array or dtype.
+        ValueError: a wrong name, shape, axis, size or combination.
+    """
+    x = _check_data("x", x)
+    _check_spec(spec)
+    one_of("gradient", gradient, schema.GRADIENTS)
+    whole, op_spec = _plan(spec, axis, group_size, x.shape, False, None)
+    s, zero = _scales(whole, x.shape, scale, zero_point) or (None, None)
+    return _fake_quantize(x, s, zero, op_spec, gradient)
+
+
+def choose_qparams(
+    x: jax.Array, spec: Any, *, axis: int | None = None, group_size: int | None = None, method: str = "absmax"
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the scale and zero point that a dynamic ``quantize`` of ``x`` would use.
+
+    Symmetric specs: ``scale = max|x| / quant_max`` (the format's largest value for floats). Asymmetric ones:
+    ``scale = (max(x, 0) - min(x, 0)) / (quant_max - quant_min)`` and the zero point that puts 0 on a code. A group of
+    zeros gets scale 1, one with NaN or inf gets NaN; a scale is never 0, subnormal or infinite. Its gradient is zero.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64.
+        spec: as for ``quantize``.
+        axis: as for ``quantize``.
+        group_size: as for ``quantize``.
+        method: ``"absmax"`` or ``"minmax"``: both take the group's extreme values.
+
+    Returns:
+        The scale (float32; 0-d per tensor, else x's rank) and the zero point (int32, same shape; None if symmetric).
+
+    Raises:
+        TypeError: a wrong kind of array or dtype.
+        ValueError: a wrong name, axis or size.
+    """
+    x = _check_data("x", x)
+    _check_spec(spec)
+    one_of("method", method, schema.METHODS)
+    whole, op_spec = _plan(spec, axis, group_size, x.shape, False, None)
+    s, *z = [_public(a, whole, x.shape) for a in _choose_qparams(x, op_spec)]
+    return s, z[0] if z else None
+
+
+def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
+    """Pack codes into a bit stream along an axis: code i is bits ``bits * i`` and up, low bits first.
+
+    Args:
+        codes: int8 or uint8, at least 1-D; only the low ``bits`` of a code are kept.
+        bits: 1 to 8.
+        axis: which axis shrinks to ``ceil(length * bits / 8)`` bytes; the last byte is filled with zero bits.
+
+    Returns:
+        A uint8 array.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: bits or axis out of range.
+    """
+    codes = _check_bytes("codes", codes)
+    axis = schema.normal_axis(axis, codes.ndim)
+    return _along_last("pack", codes, axis, schema.codes_spec(bits, length=codes.shape[axis]))
+
+
+def unpack(packed: jax.Array, bits: int, axis: int = -1, *, signed: bool) -> jax.Array:
+    """Unpack what ``pack`` made: one code a byte.
+
+    Args:
+        packed: uint8, at least 1-D.
+        bits: 1 to 8.
+        axis: the packed axis; it grows to ``length * 8 // bits`` codes, of which a filled last byte may add some zeros.
+        signed: whether codes are two's complement (int8 results), or not (uint8).
+
+    Returns:
+        An int8 or uint8 array.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: bits or axis out of range.
+    """
+    packed = _check_bytes("packed", packed)
+    axis = schema.normal_axis(axis, packed.ndim)
+    schema.codes_spec(bits)  # bits must be right before it divides
+    spec = schema.codes_spec(bits, signed=signed, length=schema.unpacked_length(packed.shape[axis], bits))
+    return _along_last("unpack", packed, axis, spec)
+
+
+def _check_bytes(name: str, x: object) -> jax.Array:
+    x = _check_array(name, x)
+    if x.dtype.name not in ("int8", "uint8"):
+        raise TypeError(f"{name} has dtype {x.dtype.name}; allowed: int8, uint8")
+    return x
+
+
+# ---- compiled functions and gradients --------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _along_last(name: str, codes: jax.Array, axis: int, spec: OpSpec) -> jax.Array:
+    (result,) = call(name, [jnp.moveaxis(codes, axis, -1)], spec)
+    return jnp.moveaxis(result, -1, axis)
+
+
+@partial(jax.jit, static_argnums=1)
+def _choose_qparams(x: jax.Array, spec: OpSpec) -> list[jax.Array]:
+    return call("choose_qparams", [jax.lax.stop_gradient(x)], spec)
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantize_dynamic(x: jax.Array, spec: OpSpec) -> list[jax.Array]:
+    return call("quantize_dynamic", [jax.lax.stop_gradient(x)], spec)
+
+
+@partial(jax.jit, static_argnums=3)
+def _quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
+    return call("quantize", [jax.lax.stop_gradient(x), jax.lax.stop_gradient(scale), zero_point], spec)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fake_quantize_vjp(
+    x: jax.Array, scale: jax.Array | None, zero_point: jax.Array | None, spec: OpSpec, gradient: str
+) -> jax.Array:
+    return _fake_quantize_forward(x, scale, zero_point, spec, gradient)[0]
+
+
+def _fake_quantize_forward(x: Any, scale: Any, zero_point: Any, spec: OpSpec, gradient: str) -> tuple[jax.Array, Any]:
+    if scale is None:
+        y, *scales = call("fake_quantize_dynamic", [x], spec)
+    else:
+        (y,) = call("fake_quantize", [x, scale, zero_point], spec)
+        scales = [scale, zero_point]
+    return y, ((x, *scales) if gradient == "clipped" else None, scale)
+
+
+def _fake_quantize_backward(spec: OpSpec, gradient: str, saved: Any, grad: jax.Array) -> Any:
+    operands, given_scale = saved
+    if gradient == "clipped":
+        x, *scales = operands
+        (grad,) = call("fake_quantize_backward", [x, grad, *scales], spec)
+    return grad, None if given_scale is None else jnp.zeros_like(given_scale), None
+
+
+_fake_quantize_vjp.defvjp(_fake_quantize_forward, _fake_quantize_backward)
+_fake_quantize = jax.jit(_fake_quantize_vjp, static_argnums=(3, 4))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dequantize_vjp(q: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
+    return call("dequantize", [q, scale, zero_point], spec)[0]
+
+
+def _dequantize_forward(q: Any, scale: Any, zero_point: Any, spec: OpSpec) -> tuple[jax.Array, Any]:
+    return call("dequantize", [q, scale, zero_point], spec)[0], (q, scale, zero_point)
+
+
+def _dequantize_backward(spec: OpSpec, saved: Any, grad: jax.Array) -> Any:
+    q, scale, zero_point = saved
+    (dscale,) = call("dequantize_backward", [grad, q, zero_point], spec)
+    return None, dscale.astype(scale.dtype), None
+
+
+_dequantize_vjp.defvjp(_dequantize_forward, _dequantize_backward)
+_dequantize = jax.jit(_dequantize_vjp, static_argnums=3)

@@ -1,0 +1,33 @@
+"""The core's operators as XLA custom calls: one template over the operator table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from quark_kernels import _core, ffi_api
+from quark_kernels.schema import OPS, OpSpec, logical_shape, outputs
+
+
+def _register() -> None:
+    # Before anything is registered: a handler that the runtime refuses would keep all of JAX from starting.
+    if reason := ffi_api.mismatch():
+        raise ImportError(f"quark_jax can't be used: {reason}")
+    for name, handler in _core.xla_handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+
+
+_register()
+
+
+def call(name: str, arrays: Sequence[jax.Array | None], spec: OpSpec) -> list[jax.Array]:
+    """Call an operator on arrays or tracers; a zero point that is None is left out. Returns its outputs."""
+    op = OPS[name]
+    given = [a for a in arrays if a is not None]
+    shape = logical_shape(op, spec, [a.shape for a in given])
+    results = [
+        jax.ShapeDtypeStruct(size, np.dtype(dtype)) for size, dtype in outputs(op, spec, shape, given[0].dtype.name)
+    ]
+    return list(jax.ffi.ffi_call(f"quark_kernels.{name}", results)(*given, spec=spec.text))

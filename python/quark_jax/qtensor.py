@@ -1,0 +1,50 @@
+"""QTensor on JAX arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from quark_kernels.qtensor import QTensorBase
+from quark_kernels.spec import QuantSpec
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, eq=False, repr=False)
+class QTensor(QTensorBase):
+    """A quantized JAX array; see ``QTensorBase`` for the attributes. A pytree whose leaves are the arrays."""
+
+    qvalue: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    global_scale: jax.Array | None
+    pair_bits: jax.Array | None
+    spec: QuantSpec
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    packed: bool
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """Return the numbers, as ``quark_jax.dequantize(self, dtype)``."""
+        from quark_jax.functions import dequantize
+
+        return dequantize(self, dtype)
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        """Return the arrays with their names, and what is static."""
+        leaves = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in self.ARRAYS]
+        return leaves, (self.spec, self.shape, self.dtype, self.packed)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], leaves: Any) -> QTensor:
+        """Put a flattened QTensor together again."""
+        return cls(*leaves, *static)
+
+    def __repr__(self) -> str:
+        """Return the tensor in one line; transformations may put anything in an array's place."""
+        if all(a is None or hasattr(a, "shape") for a in (self.qvalue, self.scale, self.zero_point)):
+            return super().__repr__()
+        return f"QTensor({self.spec}, shape={self.shape})"

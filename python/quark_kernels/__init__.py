@@ -1,0 +1,26 @@
+"""Number formats for neural networks: one C++ core, the same bits in PyTorch and JAX.
+
+This package holds what both frontends share and imports neither framework. Use ``quark_torch`` or ``quark_jax``.
+"""
+
+from quark_kernels import interop
+from quark_kernels._core import __version__
+from quark_kernels.formats import FORMATS, ROUNDINGS, ElementFormat
+from quark_kernels.info import info
+from quark_kernels.spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+
+__all__ = [
+    "FORMATS",
+    "PRESETS",
+    "ROUNDINGS",
+    "ElementFormat",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QuantSpec",
+    "__version__",
+    "info",
+    "interop",
+]

@@ -1,0 +1,282 @@
+"""What the frontends must know of an operator before it runs: shapes, dtypes and which axes carry scales.
+
+This is the one home of those rules; both frontends read them here, and the core checks them again.
+
+Normal form: a scale has the rank of x, and ``block[d]`` says how many neighbours along axis d share one, 0 = the whole axis.
+Per tensor (0, 0), channel 0 (1, 0), group 128 along the last axis (1, 128), tiles (rows, columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from quark_kernels import _core
+from quark_kernels.formats import FORMATS
+from quark_kernels.spec import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+
+Shape = tuple[int, ...]
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+INTEGER_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "int64")
+METHODS = ("absmax", "minmax")
+GRADIENTS = ("clipped", "ste")
+
+
+class Op(NamedTuple):
+    """One row of the core's operator table: a letter for each tensor (``cpp/ops.inc`` explains them)."""
+
+    name: str
+    ins: str
+    outs: str
+
+    @property
+    def takes_zero_point(self) -> bool:
+        """Whether the last input is an optional zero point."""
+        return self.ins.endswith("z")
+
+    @property
+    def gives_zero_point(self) -> bool:
+        """Whether the last output is a zero point, for asymmetric specs."""
+        return self.outs.endswith("z")
+
+
+OPS: dict[str, Op] = {row[0]: Op(*row) for row in _core.ops()}
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """A QuantSpec for one call: its granularity as a ``block``, and what else an operator is told.
+
+    ``str()`` is the text that crosses into the core, and through torch's and XLA's graphs; the core caches its meaning.
+    """
+
+    words: tuple[str, ...]
+    """The format's name, then the words of ``QuantSpec.core_words``."""
+    block: Shape | None = None
+    packed: bool = False
+    length: int | None = None
+    """Logical length of the last axis where codes are packed."""
+    dtype: str | None = None
+    """Name of the dtype of data outputs; None: that of the data input."""
+
+    @cached_property
+    def text(self) -> str:
+        """The core's text form."""
+        words = list(self.words)
+        if self.block is not None:
+            words.append("block=" + ",".join(map(str, self.block)))
+        if self.packed:
+            words.append("packed")
+        if self.length is not None:
+            words.append(f"length={self.length}")
+        if self.dtype is not None:
+            words.append(f"dtype={self.dtype}")
+        return " ".join(words)
+
+    def __str__(self) -> str:
+        """Return the core's text form."""
+        return self.text
+
+    @classmethod
+    @lru_cache(4096)
+    def parse(cls, text: str) -> OpSpec:
+        """Read what ``str()`` wrote."""
+        words, block, packed, length, dtype = [], None, False, None, None
+        for word in text.split():
+            key, _, value = word.partition("=")
+            match key:
+                case "block":
+                    block = tuple(map(int, value.split(","))) if value else ()
+                case "packed":
+                    packed = True
+                case "length":
+                    length = int(value)
+                case "dtype":
+                    dtype = value
+                case _:
+                    words.append(word)
+        return cls(tuple(words), block, packed, length, dtype)
+
+    @property
+    def bits(self) -> int:
+        """The width of a code."""
+        name = self.words[0]
+        return FORMATS[name].bits if name in FORMATS else int(self.words[1].removeprefix("bits="))
+
+    @property
+    def code_dtype(self) -> str:
+        """The dtype that holds codes, as the frameworks name it."""
+        if self.packed:
+            return "uint8"
+        return FORMATS[self.words[0]].storage
+
+    @property
+    def is_asymmetric(self) -> bool:
+        """Whether dynamic scales come with zero points."""
+        return "asymmetric" in self.words
+
+
+@lru_cache(4096)
+def op_spec(spec: QuantSpec, shape: Shape, packed: bool = False, dtype: str | None = None) -> OpSpec:
+    """Return the OpSpec of ``spec`` for data of this shape."""
+    return OpSpec(
+        (spec.format, *spec.core_words()),
+        block_of(spec, shape),
+        packed,
+        (shape[-1] if shape else 1) if packed else None,
+        dtype,
+    )
+
+
+@lru_cache(256)
+def codes_spec(bits: int, *, signed: bool = False, length: int | None = None) -> OpSpec:
+    """Return the OpSpec of pack and unpack: bare codes of a width."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
+        raise ValueError(f"bits is {bits!r}; allowed: 1 to 8")
+    words = ("codes", f"bits={bits}", *(["signed"] if signed else []))
+    return OpSpec(words, None, packed=True, length=length, dtype="int8" if signed else "uint8")
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def normal_axis(axis: int, rank: int) -> int:
+    """Return ``axis`` counted from the front. Raises ValueError where there is no such axis."""
+    if not -rank <= axis < rank:
+        raise ValueError(f"axis is {axis}; x has {rank} axes, allowed: {f'{-rank} to {rank - 1}' if rank else 'none'}")
+    return axis % rank
+
+
+def block_of(spec: QuantSpec, shape: Shape) -> Shape:
+    """Return the normal form of a granularity for data of this shape."""
+    rank = len(shape)
+    block = [0] * rank
+    match spec.granularity:
+        case PerTensor():
+            pass
+        case PerChannel(axis):
+            block[normal_axis(axis, rank)] = 1
+        case PerGroup(size, axis):
+            block = [1] * rank
+            block[normal_axis(axis, rank)] = size
+        case PerBlock(tile):
+            if rank < 2:
+                raise ValueError(f"x has shape {shape}; PerBlock tiles the last two axes, so it needs at least two")
+            block = [1] * (rank - 2) + list(tile)
+        case PerToken():
+            normal_axis(-1, rank)
+            block = [1] * (rank - 1) + [0]
+    return tuple(block)
+
+
+def scale_shape(shape: Shape, block: Shape) -> Shape:
+    """Return the shape of the scales, in normal form: x's rank, 1 where shared, ceil where ragged."""
+    return tuple(-(-n // b) if b else 1 for n, b in zip(shape, block, strict=True))
+
+
+def public_scale_shape(spec: QuantSpec, shape: Shape) -> Shape:
+    """Return the shape of the scales as users see it: 0-d per tensor, else the normal form."""
+    return () if spec.granularity == PerTensor() else scale_shape(shape, block_of(spec, shape))
+
+
+def packed_shape(shape: Shape, bits: int) -> Shape:
+    """Return the shape of codes packed along the last axis; a 0-d tensor packs into one byte."""
+    *outer, last = shape or (1,)
+    return (*outer, -(-last * bits // 8))
+
+
+def stored_shape(spec: OpSpec, shape: Shape) -> Shape:
+    """Return the shape of the codes of data of this shape."""
+    return packed_shape(shape, spec.bits) if spec.packed else shape
+
+
+def outputs(op: Op, spec: OpSpec, shape: Shape, dtype: str) -> list[tuple[Shape, str]]:
+    """Return the shape and dtype name of every output, for data (or codes) of this logical shape and dtype."""
+    kinds = op.outs[:-1] if op.gives_zero_point and not spec.is_asymmetric else op.outs
+    return [_output(kind, spec, shape, dtype) for kind in kinds]
+
+
+def _output(kind: str, spec: OpSpec, shape: Shape, dtype: str) -> tuple[Shape, str]:
+    match kind:
+        case "x" | "c":
+            return shape, spec.dtype or dtype
+        case "q":
+            return stored_shape(spec, shape), spec.code_dtype
+        case _:
+            assert spec.block is not None
+            return scale_shape(shape, spec.block), "float32" if kind == "s" else "int32"
+
+
+def logical_shape(op: Op, spec: OpSpec, shapes: list[Shape]) -> Shape:
+    """Return the shape of the data, given those of the inputs."""
+    for kind, shape in zip(op.ins, shapes, strict=False):
+        if kind in "xc":
+            return shape
+    codes = shapes[op.ins.index("q")]
+    if not spec.packed:
+        return codes
+    if spec.block == ():
+        return ()
+    assert spec.length is not None
+    return (*codes[:-1], spec.length)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def expect_float(name: str, dtype: str) -> None:
+    """Raise TypeError unless the dtype is one of the data dtypes."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
+
+
+def expect_integer(name: str, dtype: str) -> None:
+    """Raise TypeError unless the dtype is an integer one that zero points may have."""
+    if dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(INTEGER_DTYPES)}")
+
+
+def scale_argument_shape(name: str, given: Shape, spec: QuantSpec, shape: Shape) -> Shape:
+    """Return the normal form of the shape of a given scale or zero point.
+
+    Allowed are the normal form itself, any shape of one element where there is one scale, and 1-D per channel.
+    """
+    block = block_of(spec, shape)
+    normal = scale_shape(shape, block)
+    if given == normal:
+        return normal
+    if all(n == 1 for n in normal) and all(n == 1 for n in given):
+        return normal
+    channel = isinstance(spec.granularity, PerChannel)
+    if channel and given == (max(normal),):
+        return normal
+    also = f", or ({max(normal)},)" if channel else ", or any shape of one element" if set(normal) <= {1} else ""
+    raise ValueError(f"{name} has shape {given}; {spec} on x of shape {shape} allows {normal}{also}")
+
+
+def check_scale_arguments(spec: QuantSpec, *, scale: bool, zero_point: bool) -> None:
+    """Raise ValueError where the given scale and zero point (True: given) don't go with the spec or each other."""
+    if spec.element.is_cast and scale:
+        raise ValueError(f"scale is given; {spec.format} is a cast and has no scales")
+    if zero_point and not spec.element.is_integer:
+        raise ValueError(f"zero_point is given; {spec.format} has none, only integer formats do")
+    if zero_point and not scale:
+        raise ValueError("zero_point is given without scale; give both, or neither for a dynamic scale")
+
+
+def use_packed(spec: QuantSpec, packed: bool | None) -> bool:
+    """Return whether codes are packed: as asked, by default for fp4 only."""
+    if packed is None:
+        return spec.format == "fp4"
+    if not isinstance(packed, bool):
+        raise TypeError(f"packed is {packed!r}; allowed: True, False or None")
+    if packed and not spec.element.can_pack:
+        raise ValueError(f"packed is True; a code of {spec.format} fills its bytes already, there is nothing to pack")
+    return packed
+
+
+def unpacked_length(packed_length: int, bits: int) -> int:
+    """Return the most codes that a row of this many bytes holds."""
+    return packed_length * 8 // bits

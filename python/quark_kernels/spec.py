@@ -1,0 +1,278 @@
+"""What a quantization is: a number format, who shares a scale, and how to round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quark_kernels.formats import FORMATS, ROUNDINGS, ElementFormat
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each index of ``axis``."""
+
+    axis: int
+
+    def __post_init__(self) -> None:
+        check_int("axis", self.axis)
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each ``size`` neighbours along ``axis``; the last group of a row may be shorter."""
+
+    size: int
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        check_int("size", self.size, 1)
+        check_int("axis", self.axis)
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for each tile of ``size = (rows, columns)`` of the last two axes."""
+
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, tuple) or len(self.size) != 2:
+            raise ValueError(f"PerBlock: size is {self.size!r}; allowed: a pair (rows, columns)")
+        for length in self.size:
+            check_int("size", length, 1)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each row of the last axis."""
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
+
+SCALE_FORMATS = ("float32",)
+SCALE_RULES = ("absmax",)
+
+
+def check_int(name: str, value: object, least: int | None = None) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; allowed: an integer")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}; allowed: {least} or more")
+
+
+def one_of(name: str, value: object, allowed: Any) -> None:
+    """Raise ValueError unless ``value`` is one of the ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A quantization, as one hashable value.
+
+    ``str(spec)`` is short and canonical, and ``QuantSpec.parse`` reads it back; ``to_json`` and ``from_json`` do the same
+    with plain dictionaries.
+
+    Args:
+        format: name of the number format, a key of ``quark_kernels.FORMATS``.
+        granularity: who shares a scale.
+        scale_format: how scales are stored; ``"float32"``.
+        scale_rule: how a dynamic scale follows from its group; None is ``"absmax"``, from the extreme values.
+        rounding: ``half_even``, ``half_up``, ``half_away``, ``floor``, ``ceil`` or ``toward_zero``.
+        symmetric: False gives dynamic scales of an integer format a zero point.
+        quant_min: the least code, where it isn't the format's own; integer formats only.
+        quant_max: the greatest code, likewise.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown name, a range outside the format's, or a combination that has no meaning.
+    """
+
+    format: str
+    granularity: Granularity = PerTensor()
+    scale_format: str = field(default="float32", kw_only=True)
+    scale_rule: str | None = field(default=None, kw_only=True)
+    rounding: str = field(default="half_even", kw_only=True)
+    symmetric: bool = field(default=True, kw_only=True)
+    quant_min: int | None = field(default=None, kw_only=True)
+    quant_max: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check every field, and what only makes sense together."""
+        one_of("format", self.format, FORMATS)
+        one_of("scale_format", self.scale_format, SCALE_FORMATS)
+        one_of("rounding", self.rounding, ROUNDINGS)
+        if self.scale_rule is not None:
+            one_of("scale_rule", self.scale_rule, SCALE_RULES)
+        if not isinstance(self.granularity, Granularity):
+            raise TypeError(
+                f"granularity is {self.granularity!r}; allowed: PerTensor(), PerChannel(axis), PerGroup(size, axis), "
+                "PerBlock((rows, columns)), PerToken()"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"symmetric is {self.symmetric!r}; allowed: True or False")
+        row = self.element
+        if row.is_cast and (self.granularity != PerTensor() or self.rounding != "half_even"):
+            raise ValueError(f"{self.format} is a cast: it has no scales and rounds half_even; use QuantSpec({self.format!r})")
+        if not row.is_integer and not self.symmetric:
+            raise ValueError(f"symmetric is False; {self.format} has no zero point, only integer formats have one")
+        self._check_range(row)
+
+    def _check_range(self, row: ElementFormat) -> None:
+        for name, value in (("quant_min", self.quant_min), ("quant_max", self.quant_max)):
+            if value is None:
+                continue
+            check_int(name, value)
+            if not row.is_integer:
+                raise ValueError(f"{name} is {value}; only integer formats take a range, not {self.format}")
+            if not row.lo <= value <= row.hi:
+                raise ValueError(f"{name} is {value}; {self.format} has codes from {row.lo:.0f} to {row.hi:.0f}")
+        if not row.is_integer:
+            return
+        lo = row.lo if self.quant_min is None else self.quant_min
+        hi = row.hi if self.quant_max is None else self.quant_max
+        if lo >= hi:
+            raise ValueError(f"quant_min {lo:.0f} isn't below quant_max {hi:.0f}")
+        if self.symmetric and hi <= 0:
+            raise ValueError(f"quant_max is {hi:.0f}; a symmetric range needs it above 0")
+
+    @property
+    def element(self) -> ElementFormat:
+        """The format's row."""
+        return FORMATS[self.format]
+
+    def __str__(self) -> str:
+        """Return the canonical short form, such as ``"int4 group=128,-1 asymmetric"``."""
+        words = [self.format]
+        match self.granularity:
+            case PerChannel(axis):
+                words.append(f"channel={axis}")
+            case PerGroup(size, axis):
+                words.append(f"group={size},{axis}")
+            case PerBlock((rows, columns)):
+                words.append(f"tile={rows},{columns}")
+            case PerToken():
+                words.append("token")
+        if self.scale_format != "float32":
+            words.append(f"scale={self.scale_format}")
+        if self.scale_rule is not None:
+            words.append(f"rule={self.scale_rule}")
+        return " ".join([*words, *self.core_words()])
+
+    def core_words(self) -> list[str]:
+        """Return what the core's spec says in the same words: rounding, symmetry and range."""
+        words = []
+        if self.rounding != "half_even":
+            words.append(f"rounding={self.rounding}")
+        if not self.symmetric:
+            words.append("asymmetric")
+        if self.quant_min is not None:
+            words.append(f"min={self.quant_min}")
+        if self.quant_max is not None:
+            words.append(f"max={self.quant_max}")
+        return words
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """Read what ``str(spec)`` wrote. Raises ValueError for anything else."""
+        name, *words = text.split()
+        values: dict[str, Any] = {}
+        for word in words:
+            key, _, value = word.partition("=")
+            try:
+                match key:
+                    case "channel":
+                        values["granularity"] = PerChannel(int(value))
+                    case "group":
+                        size, axis = map(int, value.split(","))
+                        values["granularity"] = PerGroup(size, axis)
+                    case "tile":
+                        rows, columns = map(int, value.split(","))
+                        values["granularity"] = PerBlock((rows, columns))
+                    case "token" if not value:
+                        values["granularity"] = PerToken()
+                    case "asymmetric" if not value:
+                        values["symmetric"] = False
+                    case "scale" | "rule":
+                        values[f"scale_{'format' if key == 'scale' else 'rule'}"] = value
+                    case "rounding":
+                        values["rounding"] = value
+                    case "min" | "max":
+                        values[f"quant_{key}"] = int(value)
+                    case _:
+                        raise ValueError
+            except ValueError:
+                raise ValueError(f"can't read {word!r} in the spec {text!r}") from None
+        return cls(name, **values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dictionary of strings, numbers and booleans that ``from_json`` reads."""
+        return {"version": 1, "spec": str(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> QuantSpec:
+        """Read what ``to_json`` wrote."""
+        if not isinstance(data, dict) or data.get("version") != 1 or not isinstance(data.get("spec"), str):
+            raise ValueError(f"not a QuantSpec's JSON: {data!r}")
+        return cls.parse(data["spec"])
+
+    def along(self, axis: int | None, group_size: int | None) -> QuantSpec:
+        """Return this spec with the ``axis=`` and ``group_size=`` of a call applied to its granularity."""
+        if axis is None and group_size is None:
+            return self
+        if axis is not None:
+            check_int("axis", axis)
+        if group_size is not None:
+            check_int("group_size", group_size, 1)
+        if self.element.is_cast:
+            raise ValueError(f"axis and group_size: {self.format} is a cast and has no scales")
+        match self.granularity:
+            case PerTensor() if group_size is None:
+                return replace(self, granularity=PerChannel(axis if axis is not None else -1))
+            case PerTensor() if group_size is not None:
+                return replace(self, granularity=PerGroup(group_size, -1 if axis is None else axis))
+            case PerGroup(size, own):
+                return replace(
+                    self, granularity=PerGroup(size if group_size is None else group_size, own if axis is None else axis)
+                )
+            case PerChannel() if group_size is None and axis is not None:
+                return replace(self, granularity=PerChannel(axis))
+        raise ValueError(f"axis is {axis} and group_size is {group_size}; {self.granularity} takes neither")
+
+
+def _presets() -> dict[str, QuantSpec]:
+    names = "int2 int3 int4 int8 int16 uint2 uint4 uint8 uint16 fp8_e4m3 fp8_e5m2 fp8_e4m3fnuz fp8_e5m2fnuz"
+    names += " fp6_e3m2 fp6_e2m3 fp4 bf16 fp16"
+    return {name: QuantSpec(name, symmetric=not name.startswith("uint")) for name in names.split()}
+
+
+PRESETS: dict[str, QuantSpec] = _presets()
+
+DTYPE_FORMATS = {
+    **{row.storage: row.name for row in FORMATS.values() if row.bits >= 8 and row.name in PRESETS},
+    **{name: name for name in ("int2", "int3", "int4", "uint2", "uint4")},
+    "float4_e2m1fn": "fp4",
+    "float6_e2m3fn": "fp6_e2m3",
+    "float6_e3m2fn": "fp6_e3m2",
+}
+"""The preset that a framework's dtype stands for, by the dtype's name."""
+
+
+def as_spec(spec: object, dtype_name: str | None) -> QuantSpec:
+    """Return the QuantSpec that ``spec`` names: itself, a preset's name, or a dtype (whose name the frontend found)."""
+    if isinstance(spec, QuantSpec):
+        return spec
+    if isinstance(spec, str):
+        one_of("spec", spec, PRESETS)
+        return PRESETS[spec]
+    if dtype_name is None:
+        raise TypeError(f"spec is {spec!r}; allowed: a QuantSpec, a preset's name or a dtype")
+    one_of("spec", dtype_name, DTYPE_FORMATS)
+    return PRESETS[DTYPE_FORMATS[dtype_name]]

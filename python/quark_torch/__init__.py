@@ -1,0 +1,32 @@
+"""quark-kernels for PyTorch."""
+
+from quark_kernels import (
+    PRESETS,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+    __version__,
+)
+from quark_torch.functions import choose_qparams, dequantize, fake_quantize, pack, quantize, unpack
+from quark_torch.qtensor import QTensor
+
+__all__ = [
+    "PRESETS",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QTensor",
+    "QuantSpec",
+    "__version__",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "pack",
+    "quantize",
+    "unpack",
+]
