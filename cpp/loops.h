@@ -386,10 +386,15 @@ inline void unpack_codes(const uint8_t* bytes, int64_t n, uint32_t bits, uint8_t
 class Codes {
  public:
   Codes(const TensorView& t, const QuantSpec& spec, int64_t row_length)
-      : data_(t), grid_(make_grid(spec)), bits_(spec.format.bits), packed_(spec.packed),
+      : data_(t),
+        grid_(make_grid(spec)),
+        bits_(spec.format.bits),
+        packed_(spec.packed),
         fixed_point_(spec.format.is_fixed_point()),
-        numbers_(!packed_ && (spec.format.is_integer() || spec.format.is_cast())), signed_(spec.format.lo < 0),
-        step_(float_of(uint32_t(spec.format.min_exp - spec.format.mantissa_bits + 127) << 23)), row_(row_length),
+        numbers_(!packed_ && (spec.format.is_integer() || spec.format.is_cast())),
+        signed_(spec.format.lo < 0),
+        step_(float_of(uint32_t(spec.format.min_exp - spec.format.mantissa_bits + 127) << 23)),
+        row_(row_length),
         row_bytes_((row_length * bits_ + 7) / 8) {}
 
   QUARK_INLINE float* target(int64_t, float* buffer) const { return buffer; }
@@ -480,7 +485,7 @@ class Codes {
   bool fixed_point_;  ///< of equal steps, two's complement where signed
   bool numbers_;      ///< stored in a dtype that holds the values themselves
   bool signed_;
-  float step_;        ///< fixed point: the value of code 1
+  float step_;  ///< fixed point: the value of code 1
   int64_t row_, row_bytes_;
 };
 

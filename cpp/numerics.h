@@ -84,19 +84,19 @@ QUARK_INLINE uint16_t to_float16(float x) {
 
 /// A format and its range as loop constants.
 struct Grid {
-  float lo, hi;               ///< integers: the range of codes; others: of values
-  uint32_t min_exp;           ///< 2^min_exp as float bits
-  uint32_t mantissa;          ///< mantissa bits
-  float plus_zero;            ///< added to a result: +0 turns -0 into +0, where the format has no -0; -0 changes nothing
-  uint32_t nan, nan_sign;     ///< quantized NaN: these bits, with the input's sign where nan_sign is kSign
-  uint32_t nan_code;          ///< the code written for NaN, but for the sign
+  float lo, hi;            ///< integers: the range of codes; others: of values
+  uint32_t min_exp;        ///< 2^min_exp as float bits
+  uint32_t mantissa;       ///< mantissa bits
+  float plus_zero;         ///< added to a result: +0 turns -0 into +0, where the format has no -0; -0 changes nothing
+  uint32_t nan, nan_sign;  ///< quantized NaN: these bits, with the input's sign where nan_sign is kSign
+  uint32_t nan_code;       ///< the code written for NaN, but for the sign
   uint32_t nan_from, inf_at;  ///< read: magnitude codes that are NaN (from here up), and infinity
 };
 
 QUARK_INLINE Grid make_grid(const QuantSpec& spec) {
   constexpr uint32_t kNever = 0xffffffffu;
   const Format& f = spec.format;
-    const bool has_nan = f.specials != Specials::none;
+  const bool has_nan = f.specials != Specials::none;
   const bool has_minus_zero = f.exponent_bits > 0 && f.specials != Specials::fnuz;
   const uint32_t top = (1u << (f.bits - 1)) - 1u;  // the largest magnitude code
   Grid g{};

@@ -28,6 +28,7 @@ bool is_integer(DType t) {
 }
 
 bool is_contiguous(const TensorView& t) {
+  if (t.elements() == 0) return true;
   int64_t expected = 1;
   for (int d = t.rank - 1; d >= 0; --d) {
     if (t.shape[d] != 1 && t.strides[d] != expected) return false;
@@ -122,17 +123,20 @@ class Checker {
   }
 
   Status check_tensor(const TensorView& t, char kind, const std::string& name, bool is_output) const {
-    if (t.device != Device::cpu) return {ErrorKind::unsupported, here(name) + " is on a GPU; this build has CPU kernels only"};
+    if (t.device != Device::cpu)
+      return {ErrorKind::unsupported, here(name) + " is on a GPU; this build has CPU kernels only"};
     int64_t n = 1;
     for (int d = 0; d < t.rank; ++d) {
       if (t.shape[d] < 0 || __builtin_mul_overflow(n, t.shape[d], &n))
         return value_error(here(name) + " has the impossible shape " + text_of(t));
     }
-    if (n > std::numeric_limits<int64_t>::max() / 64) return value_error(here(name) + " is too large: shape " + text_of(t));
+    if (n > std::numeric_limits<int64_t>::max() / 64)
+      return value_error(here(name) + " is too large: shape " + text_of(t));
     if (n > 0 && !t.data) return value_error(here(name) + " has no memory (a fake or meta tensor?)");
     if (reinterpret_cast<uintptr_t>(t.data) % uintptr_t(bytes_of(t.dtype)) != 0)
       return value_error(here(name) + " is not aligned to its dtype, " + name_of(t.dtype));
-    if (is_output && !is_injective(t)) return value_error(here(name) + " overlaps itself; an output needs memory of its own for every element");
+    if (is_output && n > 0 && !is_injective(t))
+      return value_error(here(name) + " overlaps itself; an output needs memory of its own for every element");
     return check_kind(t, kind, name, is_output);
   }
 
@@ -160,7 +164,8 @@ class Checker {
 
   Status check_codes(const TensorView& t, const std::string& name) const {
     const DType wanted = spec_.packed ? DType::uint8 : spec_.format.storage;
-    if (t.dtype != wanted && !(spec_.format.is_fp8() && t.dtype == DType::uint8)) return wrong_dtype(t, name, name_of(wanted));
+    if (t.dtype != wanted && !(spec_.format.is_fp8() && t.dtype == DType::uint8))
+      return wrong_dtype(t, name, name_of(wanted));
     if (!spec_.packed) return expect_shape(t, shape_, rank_, name);
     int64_t shape[kMaxRank] = {1};
     std::memcpy(shape, shape_, sizeof(int64_t) * size_t(rank_));
@@ -203,7 +208,8 @@ class Checker {
           return value_error(here("output ") + std::to_string(o) + " overlaps input " + std::to_string(i) +
                              "; only the very same tensor may be both");
       for (size_t p = 0; p < o; ++p)
-        if (meets(out_[p])) return value_error(here("outputs ") + std::to_string(p) + " and " + std::to_string(o) + " overlap");
+        if (meets(out_[p]))
+          return value_error(here("outputs ") + std::to_string(p) + " and " + std::to_string(o) + " overlap");
     }
     return {};
   }

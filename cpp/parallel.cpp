@@ -40,8 +40,12 @@ int threads_for(int64_t elements, int64_t elements_per_thread, int available) {
 }
 
 ChunkQueue::ChunkQueue(int64_t items, int threads, Executor::Chunk chunk, void* context)
-    : chunk_(chunk), context_(context), items_(items), size_(std::max<int64_t>(1, items / (int64_t(threads) * 4))),
-      count_((items + size_ - 1) / size_), left_(count_) {}
+    : chunk_(chunk),
+      context_(context),
+      items_(items),
+      size_(std::max<int64_t>(1, items / (int64_t(threads) * 4))),
+      count_((items + size_ - 1) / size_),
+      left_(count_) {}
 
 bool ChunkQueue::work() {
   bool finished = false;
@@ -89,7 +93,8 @@ GompParallel gomp() {
   return parallel;
 }
 
-constexpr int64_t kElementsPerThread = 32768;  // below about 64k elements waking a second thread costs more than it saves
+constexpr int64_t kElementsPerThread =
+    32768;  // below about 64k elements waking a second thread costs more than it saves
 
 }  // namespace
 

@@ -73,42 +73,42 @@ inline bool choose_scales(const TensorView& x, const TensorView& scale, const Te
 
   const bool is_cast = spec.format.is_cast();
   if (!is_cast) {
-    executor.run(
-        (task.elements + kTile - 1) / kTile, kTile,
-        [](void* context, int64_t first, int64_t last) {
-          Task& t = *static_cast<Task*>(context);
-          const int64_t begin = first * kTile, end = min(last * kTile, t.elements);
-          const OffsetRange range(t.walk, begin, end);
-          auto* mine = static_cast<Extremes*>(std::calloc(size_t(range.count), sizeof(Extremes)));
-          if (!mine) {
-            __atomic_store_n(&t.out_of_memory, true, __ATOMIC_RELAXED);
-            return;
-          }
-          alignas(64) float buffer[kTile];
-          for (int64_t at = begin; at < end; at += kTile) {
-            const int64_t n = min(kTile, end - at);
-            const float* values = t.data.load(at, n, buffer);
-            t.walk.runs(at, n, [&](int64_t position, int64_t offset, int64_t count, int64_t stride) {
-              Extremes* to = mine + (offset - range.first);
-              if (stride == 0) {
-                const Extremes e = extremes_of(values + position, count);
-                *to = {max(to->low, e.low), max(to->high, e.high)};
-                return;
-              }
-              QUARK_VECTORIZE
-              for (int64_t i = 0; i < count; ++i) {
-                Extremes& e = to[i * stride];
-                e = {max(e.low, below_zero(values[position + i])), max(e.high, above_zero(values[position + i]))};
-              }
-            });
-          }
-          for (int64_t i = 0; i < range.count; ++i) {
-            raise(t.high + range.first + i, mine[i].high);
-            raise(t.low + range.first + i, mine[i].low);
-          }
-          std::free(mine);
-        },
-        &task);
+    executor.run((task.elements + kTile - 1) / kTile, kTile,
+                 [](void* context, int64_t first, int64_t last) {
+                   Task& t = *static_cast<Task*>(context);
+                   const int64_t begin = first * kTile, end = min(last * kTile, t.elements);
+                   const OffsetRange range(t.walk, begin, end);
+                   auto* mine = static_cast<Extremes*>(std::calloc(size_t(range.count), sizeof(Extremes)));
+                   if (!mine) {
+                     __atomic_store_n(&t.out_of_memory, true, __ATOMIC_RELAXED);
+                     return;
+                   }
+                   alignas(64) float buffer[kTile];
+                   for (int64_t at = begin; at < end; at += kTile) {
+                     const int64_t n = min(kTile, end - at);
+                     const float* values = t.data.load(at, n, buffer);
+                     t.walk.runs(at, n, [&](int64_t position, int64_t offset, int64_t count, int64_t stride) {
+                       Extremes* to = mine + (offset - range.first);
+                       if (stride == 0) {
+                         const Extremes e = extremes_of(values + position, count);
+                         *to = {max(to->low, e.low), max(to->high, e.high)};
+                         return;
+                       }
+                       QUARK_VECTORIZE
+                       for (int64_t i = 0; i < count; ++i) {
+                         Extremes& e = to[i * stride];
+                         e = {max(e.low, below_zero(values[position + i])),
+                              max(e.high, above_zero(values[position + i]))};
+                       }
+                     });
+                   }
+                   for (int64_t i = 0; i < range.count; ++i) {
+                     raise(t.high + range.first + i, mine[i].high);
+                     raise(t.low + range.first + i, mine[i].low);
+                   }
+                   std::free(mine);
+                 },
+                 &task);
     if (task.out_of_memory) return false;
   }
 
@@ -134,8 +134,8 @@ inline bool choose_scales(const TensorView& x, const TensorView& scale, const Te
 
 // ---- sums ---------------------------------------------------------------------------------------------------------
 
-/// The sum of a stream of float64 terms in one fixed order, whatever the machine: chunks of 1024 terms; in a chunk, lane
-/// j (0..63) adds terms j, j + 64, ... and the lanes fold in halves; chunk sums are summed by the same rule.
+/// The sum of a stream of float64 terms in one fixed order, whatever the machine: chunks of 1024 terms; in a chunk,
+/// lane j (0..63) adds terms j, j + 64, ... and the lanes fold in halves; chunk sums are summed by the same rule.
 class TreeSum {
  public:
   QUARK_INLINE void add(double term) { push(0, term); }
@@ -180,7 +180,8 @@ class TreeSum {
   Level levels_[kLevels];
 };
 
-/// Calls f(begin, n) for each run of consecutive elements of x that belongs to scale number `index`, in row-major order.
+/// Calls f(begin, n) for each run of consecutive elements of x that belongs to scale number `index`, in row-major
+/// order.
 template <class F>
 void for_each_run_of_scale(int64_t index, const int64_t* shape, const QuantSpec& spec, const F& f) {
   int64_t from[kMaxRank] = {}, to[kMaxRank] = {}, at[kMaxRank] = {};

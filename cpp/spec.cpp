@@ -61,8 +61,9 @@ Status codes_format(int bits, bool is_signed, QuantSpec& spec) {
   if (bits < 1 || bits > 8) return value_error("spec: bits is " + std::to_string(bits) + "; packing takes 1 to 8");
   const auto mantissa = uint8_t(is_signed ? bits - 1 : bits);
   const float steps = float(1 << mantissa);
-  spec.format = {"codes", uint8_t(bits), 0, mantissa, mantissa, is_signed ? -steps : 0.0f, steps - 1.0f, Specials::none,
-                 is_signed ? DType::int8 : DType::uint8};
+  spec.format = {"codes",      uint8_t(bits),  0,
+                 mantissa,     mantissa,       is_signed ? -steps : 0.0f,
+                 steps - 1.0f, Specials::none, is_signed ? DType::int8 : DType::uint8};
   return {};
 }
 
@@ -70,8 +71,10 @@ Status codes_format(int bits, bool is_signed, QuantSpec& spec) {
 Status complete(QuantSpec& spec, bool has_min, bool has_max) {
   const Format& f = spec.format;
   const bool is_integer = f.is_integer();
-  if (!is_integer && (has_min || has_max)) return value_error(std::string("spec: min and max are for integer formats, not ") + f.name);
-  if (!is_integer && !spec.symmetric) return value_error(std::string("spec: asymmetric is for integer formats, not ") + f.name);
+  if (!is_integer && (has_min || has_max))
+    return value_error(std::string("spec: min and max are for integer formats, not ") + f.name);
+  if (!is_integer && !spec.symmetric)
+    return value_error(std::string("spec: asymmetric is for integer formats, not ") + f.name);
   if (is_integer) {
     if (!has_min) spec.quant_min = f.lo;
     if (!has_max) spec.quant_max = f.hi;
@@ -82,7 +85,8 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
   }
   if (f.is_cast() && spec.rounding != Rounding::half_even)
     return value_error(std::string("spec: ") + f.name + " is a cast and rounds half_even only");
-  if (spec.packed && f.bits > 8) return value_error(std::string("spec: ") + f.name + " has no packed form; it is wider than a byte");
+  if (spec.packed && f.bits > 8)
+    return value_error(std::string("spec: ") + f.name + " has no packed form; it is wider than a byte");
   return {};
 }
 

@@ -7,7 +7,8 @@ namespace quark {
 
 enum class ErrorKind { none, type, value, memory, unsupported };
 
-/// The result of every fallible function of the core. An error's message names the argument, what came and what is allowed.
+/// The result of every fallible function of the core. An error's message names the argument, what came and what is
+/// allowed.
 class [[nodiscard]] Status {
  public:
   Status() = default;

@@ -6,20 +6,20 @@
 namespace quark {
 
 // QUARK_DTYPES(X): X(name, bytes, DLPack type code, XLA element type). `name` is NumPy's (or ml_dtypes') name.
-#define QUARK_DTYPES(X)                         \
-  X(float32, 4, 2, F32)                         \
-  X(float16, 2, 2, F16)                         \
-  X(bfloat16, 2, 4, BF16)                       \
-  X(float64, 8, 2, F64)                         \
-  X(int8, 1, 0, S8)                             \
-  X(uint8, 1, 1, U8)                            \
-  X(int16, 2, 0, S16)                           \
-  X(uint16, 2, 1, U16)                          \
-  X(int32, 4, 0, S32)                           \
-  X(int64, 8, 0, S64)                           \
-  X(float8_e4m3fn, 1, 10, F8E4M3FN)             \
-  X(float8_e5m2, 1, 12, F8E5M2)                 \
-  X(float8_e4m3fnuz, 1, 11, F8E4M3FNUZ)         \
+#define QUARK_DTYPES(X)                 \
+  X(float32, 4, 2, F32)                 \
+  X(float16, 2, 2, F16)                 \
+  X(bfloat16, 2, 4, BF16)               \
+  X(float64, 8, 2, F64)                 \
+  X(int8, 1, 0, S8)                     \
+  X(uint8, 1, 1, U8)                    \
+  X(int16, 2, 0, S16)                   \
+  X(uint16, 2, 1, U16)                  \
+  X(int32, 4, 0, S32)                   \
+  X(int64, 8, 0, S64)                   \
+  X(float8_e4m3fn, 1, 10, F8E4M3FN)     \
+  X(float8_e5m2, 1, 12, F8E5M2)         \
+  X(float8_e4m3fnuz, 1, 11, F8E4M3FNUZ) \
   X(float8_e5m2fnuz, 1, 13, F8E5M2FNUZ)
 
 enum class DType : uint8_t {

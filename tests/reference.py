@@ -278,6 +278,7 @@ def _group_qparams(group: Array, top: np.float32, span: tuple[int, int] | None) 
     with np.errstate(over="ignore"):
         reach = hi - lo
         scale = max(reach / width if np.isfinite(reach) else hi / width - lo / width, SMALLEST_SCALE)
+        scale = min(scale, np.finfo(np.float32).max)  # two codes for the whole range: a scale is never inf
     return scale, int(np.clip(a - float(np.rint(lo / scale)), a, b))
 
 

@@ -138,7 +138,10 @@ NB_MODULE(_core, m) {
       },
       "The CPU level in use. Raises ValueError where QUARK_CPU_LEVEL names none that can be.");
   m.def(
-      "gpu_builds", [] { return std::vector<std::tuple<std::string, std::string>>{{"CUDA", QUARK_CUDA_STATE}, {"HIP", QUARK_HIP_STATE}}; },
+      "gpu_builds",
+      [] {
+        return std::vector<std::tuple<std::string, std::string>>{{"CUDA", QUARK_CUDA_STATE}, {"HIP", QUARK_HIP_STATE}};
+      },
       "For each GPU platform what was compiled, or why nothing was.");
   m.def("xla_handlers", &xla_handlers, "XLA FFI handlers by target name, as capsules.");
   m.def("xla_ffi_api", &xla_ffi_api, "The XLA FFI API (major, minor) that the handlers were compiled for.");

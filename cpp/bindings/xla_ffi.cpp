@@ -72,7 +72,8 @@ ffi::Error error_of(const Status& status) {
 Status view_of(const ffi::AnyBuffer& buffer, TensorView& view) {
   if (!dtype_of(buffer.element_type(), view.dtype)) return type_error("a tensor has a dtype without kernels");
   const auto shape = buffer.dimensions();
-  if (shape.size() > size_t(kMaxRank)) return value_error("a tensor has more than " + std::to_string(kMaxRank) + " dimensions");
+  if (shape.size() > size_t(kMaxRank))
+    return value_error("a tensor has more than " + std::to_string(kMaxRank) + " dimensions");
   view.rank = int(shape.size());
   view.data = buffer.untyped_data();
   int64_t step = 1;
@@ -91,7 +92,8 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remai
                   std::string_view text) {
   QuantSpec spec;
   if (Status status = cached_spec(text, spec); !status.ok()) return error_of(status);
-  if (arguments.size() > kMostTensors || results.size() > kMostTensors) return ffi::Error::InvalidArgument("too many tensors");
+  if (arguments.size() > kMostTensors || results.size() > kMostTensors)
+    return ffi::Error::InvalidArgument("too many tensors");
   TensorView in[kMostTensors], out[kMostTensors];
   for (size_t i = 0; i < arguments.size(); ++i) {
     const auto buffer = arguments.get<ffi::AnyBuffer>(i);
@@ -123,8 +125,9 @@ XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
 
 nb::dict xla_handlers() {
   nb::dict handlers;
-#define QUARK_OP(name, ins, outs) \
-  handlers["quark_kernels." #name] = nb::capsule(reinterpret_cast<void*>(&handler<Op::name>), "xla._CUSTOM_CALL_TARGET");
+#define QUARK_OP(name, ins, outs)    \
+  handlers["quark_kernels." #name] = \
+      nb::capsule(reinterpret_cast<void*>(&handler<Op::name>), "xla._CUSTOM_CALL_TARGET");
 #include "../ops.inc"
 #undef QUARK_OP
   return handlers;

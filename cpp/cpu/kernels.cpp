@@ -46,8 +46,8 @@ Status quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& execut
 Status dequantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   const TensorView& x = out[0];
   const int64_t row = last_length(x);
-  elementwise<DequantizeBody>(Codes(in[0], spec, row), nullptr, Scales(in[1], zero_point(in, 2), x.shape, spec), Data(x),
-                              limit_of(x.dtype), Tiling(x.elements(), row, spec), spec, executor);
+  elementwise<DequantizeBody>(Codes(in[0], spec, row), nullptr, Scales(in[1], zero_point(in, 2), x.shape, spec),
+                              Data(x), limit_of(x.dtype), Tiling(x.elements(), row, spec), spec, executor);
   return {};
 }
 
@@ -98,8 +98,13 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Execu
     Codes codes;
     const TensorView* zero;
     Data zero_points, result;
-  } task{spec, grad, Data(grad), Codes(in[1], spec, last_length(grad)), zero_point(in, 2),
-         Data(in.size() > 2 ? in[2] : out[0]), Data(out[0])};
+  } task{spec,
+         grad,
+         Data(grad),
+         Codes(in[1], spec, last_length(grad)),
+         zero_point(in, 2),
+         Data(in.size() > 2 ? in[2] : out[0]),
+         Data(out[0])};
   const int64_t scales = out[0].elements();
   executor.run(
       scales, scales == 0 ? 1 : grad.elements() / scales,

@@ -159,15 +159,12 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     schema.expect_float("dtype", name)
     if name == "float64" and not jax.config.jax_enable_x64:
         raise TypeError("dtype is float64; JAX has it only with jax_enable_x64")
-    _, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
-    expected = schema.stored_shape(op_spec, tuple(q.shape))
-    if q.qvalue.shape != expected:
-        raise ValueError(f"q.qvalue has shape {q.qvalue.shape}; a QTensor of shape {q.shape} has codes of shape {expected}")
-    normal = [
-        None if a is None else a.reshape(schema.scale_argument_shape(f"q.{name}", a.shape, q.spec, tuple(q.shape)))
-        for name, a in (("scale", q.scale), ("zero_point", q.zero_point))
-    ]
-    return _dequantize(q.qvalue, *normal, op_spec)
+    whole, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
+    arrays = [q.qvalue, q.scale, q.zero_point]
+    parts = [None if a is None else schema.Part(a.shape, a.dtype.name) for a in arrays]
+    normal = schema.check_parts(whole, op_spec, tuple(q.shape), *parts)
+    zero = None if q.zero_point is None else q.zero_point.reshape(normal)
+    return _dequantize(q.qvalue, q.scale.reshape(normal), zero, op_spec)
 
 
 def fake_quantize(

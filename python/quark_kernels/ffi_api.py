@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from importlib.util import find_spec
-from pathlib import Path
 
 from quark_kernels import _core
 
@@ -13,6 +11,9 @@ OLDEST_JAXLIB = "0.8.0"
 
 def runtime_api() -> tuple[int, int] | None:
     """Return the (major, minor) FFI API of the installed jaxlib; None where there is no jaxlib, or no header in it."""
+    import re  # here and not above: `import quark_kernels` is to stay quick
+    from pathlib import Path
+
     found = find_spec("jaxlib")
     if found is None or found.origin is None:
         return None

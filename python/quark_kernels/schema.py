@@ -266,6 +266,28 @@ def check_scale_arguments(spec: QuantSpec, *, scale: bool, zero_point: bool) -> 
         raise ValueError("zero_point is given without scale; give both, or neither for a dynamic scale")
 
 
+class Part(NamedTuple):
+    """An array of a QTensor, as far as its checks need it."""
+
+    shape: Shape
+    dtype: str
+
+
+def check_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, qvalue: Part, scale: Part, zero: Part | None) -> Shape:
+    """Return the normal form of a QTensor's scale shape. Raises where its parts don't fit together."""
+    expected = stored_shape(op_spec, shape)
+    if qvalue.shape != expected:
+        raise ValueError(f"q.qvalue has shape {qvalue.shape}; a QTensor of shape {shape} has codes of shape {expected}")
+    if qvalue.dtype != op_spec.code_dtype:
+        raise TypeError(f"q.qvalue has dtype {qvalue.dtype}; codes of {spec.format} have dtype {op_spec.code_dtype}")
+    expect_float("q.scale", scale.dtype)
+    if zero is not None:
+        check_scale_arguments(spec, scale=not spec.element.is_cast, zero_point=True)
+        expect_integer("q.zero_point", zero.dtype)
+        scale_argument_shape("q.zero_point", zero.shape, spec, shape)
+    return scale_argument_shape("q.scale", scale.shape, spec, shape)
+
+
 def use_packed(spec: QuantSpec, packed: bool | None) -> bool:
     """Return whether codes are packed: as asked, by default for fp4 only."""
     if packed is None:

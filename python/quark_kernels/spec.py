@@ -182,7 +182,7 @@ class QuantSpec:
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
         """Read what ``str(spec)`` wrote. Raises ValueError for anything else."""
-        name, *words = text.split()
+        name, *words = text.split() or [""]
         values: dict[str, Any] = {}
         for word in words:
             key, _, value = word.partition("=")

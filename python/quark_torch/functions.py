@@ -154,10 +154,14 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         raise TypeError(f"dtype is {dtype!r}; allowed: a torch.dtype or None")
     name = dtype_name(q.dtype if dtype is None else dtype)
     schema.expect_float("dtype", name)
-    _, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
-    if _needs_function(q.scale):
-        return _Dequantize.apply(q.qvalue, q.scale, q.zero_point, op_spec)  # type: ignore[no-any-return,no-untyped-call]
-    return call("dequantize", [q.qvalue, q.scale, q.zero_point], op_spec)  # type: ignore[no-any-return]
+    whole, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
+    arrays = [q.qvalue, q.scale, q.zero_point]
+    parts = [None if a is None else schema.Part(tuple(a.shape), dtype_name(a.dtype)) for a in arrays]
+    normal = schema.check_parts(whole, op_spec, tuple(q.shape), *parts)
+    scale, zero = q.scale.reshape(normal), None if q.zero_point is None else q.zero_point.reshape(normal)
+    if _needs_function(scale):
+        return _Dequantize.apply(q.qvalue, scale, zero, op_spec)  # type: ignore[no-any-return,no-untyped-call]
+    return call("dequantize", [q.qvalue, scale, zero], op_spec)  # type: ignore[no-any-return]
 
 
 def fake_quantize(
@@ -346,7 +350,7 @@ class _FakeQuantize(torch.autograd.Function):
 class _Dequantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, scale: torch.Tensor, zero_point: Any, spec: OpSpec) -> torch.Tensor:
-        ctx.spec, ctx.scale_shape, ctx.scale_dtype = spec, scale.shape, scale.dtype
+        ctx.spec, ctx.scale_dtype = spec, scale.dtype
         ctx.save_for_backward(q, zero_point)
         return call("dequantize", [q, scale, zero_point], spec)  # type: ignore[no-any-return]
 
@@ -355,4 +359,4 @@ class _Dequantize(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, zero_point = ctx.saved_tensors
         dscale = call("dequantize_backward", [grad, q, zero_point], ctx.spec)
-        return None, dscale.reshape(ctx.scale_shape).to(ctx.scale_dtype), None, None
+        return None, dscale.to(ctx.scale_dtype), None, None

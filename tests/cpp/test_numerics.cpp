@@ -1,0 +1,575 @@
+// The scalar numerics against tables of each format's values and exact double arithmetic.
+#include "numerics.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+
+namespace {
+
+using check::Random;
+using quark::Format;
+using quark::QuantSpec;
+using quark::Rounding;
+using quark::Specials;
+using namespace quark::QUARK_LEVEL;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kLargest = FLT_MAX, kTiny = 0x1p-149f;
+
+// ---- the reference ------------------------------------------------------------------------------------------------
+
+QuantSpec spec_of(const std::string& text) {
+  QuantSpec spec;
+  const quark::Status status = quark::parse_spec(text, spec);
+  if (!status.ok()) check::fail(__FILE__, __LINE__, status.message());
+  return spec;
+}
+
+/// R(t) for |t| < 2^52, where every step is exact.
+double rounded(Rounding r, double t) {
+  const double down = std::floor(t);
+  switch (r) {
+    case Rounding::half_even: return std::nearbyint(t);
+    case Rounding::half_up: return t - down >= 0.5 ? down + 1 : down;
+    case Rounding::half_away: return std::copysign(rounded(Rounding::half_up, std::fabs(t)), t);
+    case Rounding::floor: return down;
+    case Rounding::ceil: return std::ceil(t);
+    case Rounding::toward_zero: return std::trunc(t);
+  }
+  return 0;
+}
+
+/// A format's magnitudes in order, continued past its end. For float formats the place in it is the code.
+class Table {
+ public:
+  explicit Table(const Format& f) : format_(f) {
+    const double end = 8.0 * f.hi;
+    for (double m = 0; m <= end;) {
+      magnitudes_.push_back(m);
+      const int exponent = m > 0 ? std::max(std::ilogb(m), int(f.min_exp)) : f.min_exp;
+      m += std::ldexp(1.0, exponent - f.mantissa_bits);
+    }
+  }
+
+  struct Place {
+    size_t index;  // of the last magnitude that isn't larger
+    double part;   // of the way to the next one
+  };
+  Place find(double magnitude) const {
+    const auto above = std::upper_bound(magnitudes_.begin(), magnitudes_.end(), magnitude);
+    const auto k = size_t(above - magnitudes_.begin()) - 1;
+    return {k, (magnitude - magnitudes_[k]) / (magnitudes_[k + 1] - magnitudes_[k])};
+  }
+  static size_t round(Rounding r, Place p, bool negative) {
+    bool up = false;
+    switch (r) {
+      case Rounding::half_even: up = p.part > 0.5 || (p.part == 0.5 && p.index % 2 == 1); break;
+      case Rounding::half_up: up = negative ? p.part > 0.5 : p.part >= 0.5; break;
+      case Rounding::half_away: up = p.part >= 0.5; break;
+      case Rounding::floor: up = negative && p.part > 0; break;
+      case Rounding::ceil: up = !negative && p.part > 0; break;
+      case Rounding::toward_zero: break;
+    }
+    return p.index + size_t(up);
+  }
+
+  double operator[](size_t k) const { return magnitudes_[k]; }
+  size_t size() const { return magnitudes_.size(); }
+  const Format& format() const { return format_; }
+  bool has_minus_zero() const { return format_.exponent_bits > 0 && format_.specials != Specials::fnuz; }
+  /// The signed value as a float of the format.
+  float value(double magnitude, bool negative) const {
+    if (magnitude == 0 && !has_minus_zero()) return 0.0f;
+    return float(negative ? -magnitude : magnitude);
+  }
+
+ private:
+  const Format& format_;
+  std::vector<double> magnitudes_;
+};
+
+bool is_negative(float x) { return std::signbit(x); }
+float nan_of(bool negative) { return float_of(kNaN | (negative ? kSign : 0)); }
+
+template <class F>
+void for_each_rounding(const F& f) {
+#define QUARK_ROUNDING(name) f.template operator()<Rounding::name>();
+  QUARK_ROUNDINGS(QUARK_ROUNDING)
+#undef QUARK_ROUNDING
+}
+
+// ---- inputs -------------------------------------------------------------------------------------------------------
+
+std::vector<float> specials() {
+  std::vector<float> all = {0.0f,  kTiny, 2 * kTiny, 3 * kTiny, float_of(kMinNormal - 1), float_of(kMinNormal),
+                            1e-40f, 0.1f,  1.0f,      1e10f,     0x1p126f,                 0x1p127f,
+                            kLargest, std::nextafter(kLargest, 0.0f), kInf,
+                            float_of(0x7fc00000), float_of(0x7f800001), float_of(0x7fffffff), float_of(0x7fa12345)};
+  const size_t n = all.size();
+  for (size_t i = 0; i < n; ++i) all.push_back(float_of(bits_of(all[i]) | kSign));
+  return all;
+}
+
+/// x, its neighbours up to two steps away, and the same with the other sign.
+void push_near(std::vector<float>& all, float x) {
+  const float below = std::nextafter(x, -kInf), above = std::nextafter(x, kInf);
+  for (const float y : {x, below, above, std::nextafter(below, -kInf), std::nextafter(above, kInf)}) {
+    all.push_back(y);
+    all.push_back(-y);
+  }
+}
+
+/// Every value of the grid, every midpoint, and what is next to them.
+std::vector<float> edges(const Table& table) {
+  std::vector<float> all = specials();
+  for (size_t k = 0; k + 1 < table.size(); ++k) {
+    push_near(all, float(table[k]));
+    push_near(all, float((table[k] + table[k + 1]) / 2));
+  }
+  return all;
+}
+
+/// Any bits, or bits with an exponent that matters to the format and often few bits set: near ties.
+float random_float(Random& random, const Format& f) {
+  const uint64_t bits = random.bits();
+  auto u = uint32_t(bits);
+  if (bits >> 32 & 1) {
+    const int low = f.min_exp - f.mantissa_bits - 2, high = std::ilogb(f.hi) + 2;
+    const int exponent = std::clamp(int(random.between(low, high)) + 127, 0, 255);
+    u = (u & 0x807fffffu) | uint32_t(exponent) << 23;
+    if (bits >> 33 & 1) u &= ~uint32_t((uint64_t(1) << (bits >> 34) % 23) - 1);
+    if (bits >> 40 & 1) u ^= 1;
+  }
+  return float_of(u);
+}
+
+template <class F>
+void for_each_input(const Table& table, int randoms, const F& f) {
+  for (const float x : edges(table)) f(x);
+  Random random(1);
+  for (int i = 0; i < randoms; ++i) f(random_float(random, table.format()));
+}
+
+// ---- grids --------------------------------------------------------------------------------------------------------
+
+TEST(rows_have_their_documented_largest_values) {
+  struct Known {
+    const char* name;
+    uint32_t code;
+    float value;
+  };
+  const Known known[] = {{"fp8_e4m3", 0x7e, 448},          {"fp8_e4m3", 0x08, 0x1p-6f},  {"fp8_e4m3", 0x01, 0x1p-9f},
+                         {"fp8_e5m2", 0x7b, 57344},        {"fp8_e5m2", 0x7c, kInf},     {"fp8_e5m2", 0x01, 0x1p-16f},
+                         {"fp8_e4m3fnuz", 0x7f, 240},      {"fp8_e4m3fnuz", 0x01, 0x1p-10f},
+                         {"fp8_e5m2fnuz", 0x7f, 57344},    {"fp8_e5m2fnuz", 0x01, 0x1p-17f},
+                         {"fp6_e3m2", 0x1f, 28},           {"fp6_e3m2", 0x21, -0.0625f}, {"fp6_e2m3", 0x1f, 7.5f},
+                         {"fp6_e2m3", 0x3f, -7.5f},        {"fp4", 0x1, 0.5f},           {"fp4", 0x2, 1},
+                         {"fp4", 0x3, 1.5f},               {"fp4", 0x5, 3},              {"fp4", 0x7, 6},
+                         {"fp4", 0xf, -6},                 {"fp8_e4m3", 0xc0, -2},       {"fp8_e5m2", 0x3c, 1}};
+  for (const Known& k : known) {
+    const QuantSpec spec = spec_of(k.name);
+    CHECK_EQ(decode(k.code, make_grid(spec), spec.format.bits), k.value);
+  }
+  for (const Format& f : quark::formats()) {
+    const check::Note note(f.name);
+    if (f.is_integer()) {
+      CHECK_EQ(double(f.hi) - double(f.lo) + 1, std::ldexp(1.0, f.bits));
+    } else {
+      CHECK_EQ(f.lo, -f.hi);
+    }
+  }
+}
+
+TEST(round_to_grid) {
+  for (const Format& f : quark::formats()) {
+    if (f.is_cast() && f.exponent_bits == 8) continue;  // bf16: the anchor would overflow; it has a function of its own
+    const check::Note note(f.name);
+    const Table table(f);
+    const Grid grid = make_grid(spec_of(f.name));
+    for_each_input(table, 500'000, [&](float v) {
+      if (!(std::fabs(v) <= 4 * f.hi)) return;
+      const bool negative = is_negative(v);
+      const Table::Place place = table.find(std::fabs(v));
+      for_each_rounding([&]<Rounding R>() {
+        const float want = table.value(table[Table::round(R, place, negative)], negative);
+        const float got = quark::QUARK_LEVEL::round_to_grid<R>(v, grid);
+        const check::Note input([&] { return quark::rounding_names()[int(R)] + (" of " + check::text_of(v)); });
+        CHECK_EQ(got, want);
+      });
+    });
+  }
+}
+
+TEST(minifloats_quantize_saturate_and_encode) {
+  for (const Format& f : quark::formats()) {
+    if (f.is_integer() || f.is_cast()) continue;
+    const check::Note note(f.name);
+    const Table table(f);
+    const Grid grid = make_grid(spec_of(f.name));
+    const auto top = size_t(table.find(f.hi).index);
+    Random random(2);
+    for_each_input(table, 300'000, [&](float x) {
+      const float s = random.chance(50) ? 1.0f : float_of(uint32_t(random.bits()) & ~kSign);
+      const float v = x / s;
+      const bool negative = is_negative(v);
+      const bool far = !(std::fabs(v) < 4 * f.hi);
+      const Table::Place place = far ? Table::Place{top, 0} : table.find(std::fabs(v));
+      for_each_rounding([&]<Rounding R>() {
+        const check::Note input([&] {
+          return quark::rounding_names()[int(R)] + (" of " + check::text_of(x)) + " / " + check::text_of(s);
+        });
+        const size_t index = Table::round(R, place, negative);
+        float want = table.value(table[std::min(index, top)], negative);
+        if (std::isnan(v)) {
+          const bool has_nan = f.specials != Specials::none;
+          want = has_nan ? nan_of(is_negative(x) && f.specials != Specials::fnuz) : 0.0f;
+        }
+        const float got = quantize_value<Arithmetic::minifloat, R>(x, s, 0.0f, grid);
+        CHECK_EQ(got, want);
+        CHECK_EQ((is_inside<Arithmetic::minifloat, R>(x, s, 0.0f, grid)), !std::isnan(v) && !far && index <= top);
+        if (f.exponent_bits == 0 || std::isnan(v)) return;
+        const uint32_t sign = is_negative(want) ? 1u << (f.bits - 1) : 0;
+        CHECK_EQ(encode(got, grid, f.bits), uint32_t(std::min(index, top)) | sign);
+      });
+    });
+  }
+}
+
+TEST(codes_up_to_eight_bits_decode_and_encode) {
+  for (const Format& f : quark::formats()) {
+    if (f.bits > 8 || f.exponent_bits == 0) continue;
+    const Table table(f);
+    const Grid grid = make_grid(spec_of(f.name));
+    const uint32_t half = 1u << (f.bits - 1);
+    for (uint32_t code = 0; code < 2 * half; ++code) {
+      const check::Note note([&] { return std::string(f.name) + " code " + std::to_string(code); });
+      const uint32_t m = code & (half - 1);
+      const bool negative = code >= half;
+      float want = float(negative ? -table[m] : table[m]);
+      uint32_t back = code;
+      if (f.specials == Specials::nan && m == half - 1) want = nan_of(negative);
+      if (f.specials == Specials::ieee && m == 0x7c) want = negative ? -kInf : kInf;
+      if (f.specials == Specials::ieee && m > 0x7c) want = nan_of(negative), back = code | 0x7f;
+      if (f.specials == Specials::fnuz && code == half) want = nan_of(false);
+      const float value = decode(code, grid, f.bits);
+      CHECK_EQ(value, want);
+      if (std::isinf(value)) continue;  // read, never written
+      CHECK_EQ(encode(value, grid, f.bits), back);
+    }
+  }
+}
+
+// ---- 16-bit floats ------------------------------------------------------------------------------------------------
+
+template <class Widen, class Narrow>
+void test_16_bit_float(const char* name, uint32_t infinity, uint32_t nan, Widen widen, Narrow narrow) {
+  const Format f = spec_of(name).format;
+  const Table table(f);
+  CHECK_EQ(table[infinity - 1], double(f.hi));
+  for (uint32_t h = 0; h <= 0xffff; ++h) {
+    const check::Note note([&] { return name + (" " + check::text_of(h)); });
+    const uint32_t m = h & 0x7fff;
+    const float x = widen(uint16_t(h));
+    CHECK_EQ(is_negative(x), h > 0x7fff);
+    if (m > infinity) {
+      CHECK(std::isnan(x));
+      CHECK_EQ(narrow(x), nan | (h & 0x8000));
+    } else {
+      CHECK_EQ(magnitude(x), m == infinity ? kInf : float(table[m]));
+      CHECK_EQ(narrow(x), h);
+    }
+  }
+  for_each_input(table, 2'000'000, [&](float x) {
+    const uint32_t sign = is_negative(x) ? 0x8000 : 0;
+    uint32_t want = nan;
+    if (std::fabs(x) >= 2 * f.hi) {
+      want = infinity;
+    } else if (!std::isnan(x)) {
+      want = uint32_t(Table::round(Rounding::half_even, table.find(std::fabs(x)), false));
+      want = std::min(want, infinity);
+    }
+    const check::Note note([&] { return name + (" of " + check::text_of(x)); });
+    CHECK_EQ(narrow(x), want | sign);
+  });
+}
+
+TEST(float16) { test_16_bit_float("fp16", 0x7c00, 0x7e00, from_float16, to_float16); }
+TEST(bfloat16) { test_16_bit_float("bf16", 0x7f80, 0x7fc0, from_bfloat16, to_bfloat16); }
+
+template <Arithmetic A, class Widen, class Narrow>
+void test_cast(const char* name, Widen widen, Narrow narrow) {
+  const Format f = spec_of(name).format;
+  const Grid grid = make_grid(spec_of(name));
+  for_each_input(Table(f), 300'000, [&](float x) {
+    const check::Note note([&] { return name + (" of " + check::text_of(x)); });
+    const float want = std::isnan(x) ? nan_of(is_negative(x)) : widen(narrow(x));
+    CHECK_EQ((quantize_value<A, Rounding::half_even>(x, 1.0f, 0.0f, grid)), want);
+    CHECK_EQ((fake_quantize_value<A, Rounding::half_even>(x, 1.0f, 0.0f, kLargest, grid)), want);
+    CHECK_EQ((is_inside<A, Rounding::half_even>(x, 1.0f, 0.0f, grid)), std::isfinite(want));
+  });
+}
+
+TEST(casts_overflow_to_infinity) {
+  test_cast<Arithmetic::float16>("fp16", from_float16, to_float16);
+  test_cast<Arithmetic::bfloat16>("bf16", from_bfloat16, to_bfloat16);
+}
+
+// ---- integers -----------------------------------------------------------------------------------------------------
+
+TEST(integers_round_exactly_at_every_size) {
+  std::vector<float> all = specials();
+  for (int k = 0; k < 300; ++k) push_near(all, float(k) / 2);
+  for (int e = -149; e < 128; ++e) push_near(all, std::ldexp(1.0f, e));
+  for (int e = 20; e < 26; ++e)
+    for (int k = -8; k <= 8; ++k) push_near(all, std::ldexp(1.0f, e) + float(k) / 2);
+  Random random(3);
+  for (int i = 0; i < 1'000'000; ++i) all.push_back(random_float(random, spec_of("uint16").format));
+  for (const float t : all) {
+    if (!std::isfinite(t)) continue;
+    for_each_rounding([&]<Rounding R>() {
+      const check::Note note([&] { return quark::rounding_names()[int(R)] + (" of " + check::text_of(t)); });
+      const auto want = float(std::fabs(t) < 0x1p40f ? std::copysign(rounded(R, t), double(t)) : double(t));
+      CHECK_EQ(round_to_integer<R>(t), want);
+      if (std::fabs(t) >= 0x1p22f) return;
+      CHECK_EQ(round_small_to_integer<R>(t) + 0.0f, want + 0.0f);
+    });
+  }
+}
+
+void test_integer(const QuantSpec& spec, float z, float x, float s) {
+  const Grid grid = make_grid(spec);
+  const float v = x / s;
+  for_each_rounding([&]<Rounding R>() {
+    const check::Note note([&] {
+      return std::string(spec.format.name) + " " + quark::rounding_names()[int(R)] + " of " + check::text_of(x) +
+             " / " + check::text_of(s) + ", zero point " + check::text_of(z);
+    });
+    const double r = std::fabs(v) < 0x1p40f ? rounded(R, v) : double(v);
+    const double code = std::isnan(v) ? z : r + z;
+    const auto want = float(std::clamp(code, double(spec.quant_min), double(spec.quant_max)) + 0.0);
+    const bool inside = !std::isnan(v) && code >= spec.quant_min && code <= spec.quant_max;
+    CHECK_EQ((quantize_value<Arithmetic::affine, R>(x, s, z, grid)), want);
+    CHECK_EQ((is_inside<Arithmetic::affine, R>(x, s, z, grid)), inside);
+    if (z != 0) return;
+    CHECK_EQ((quantize_value<Arithmetic::integer, R>(x, s, z, grid)), want);
+    CHECK_EQ((is_inside<Arithmetic::integer, R>(x, s, z, grid)), inside);
+  });
+}
+
+TEST(integers_with_and_without_zero_points) {
+  std::vector<std::string> specs = {"int8 min=-7 max=100", "int16 min=0 max=1", "uint8 min=3 max=250", "int4 min=-8 max=-1 asymmetric",
+                                    "uint16 min=1000 max=65535 asymmetric"};
+  for (const Format& f : quark::formats())
+    if (f.is_integer()) specs.emplace_back(f.name);
+  for (int bits = 1; bits <= 8; ++bits) specs.push_back("codes bits=" + std::to_string(bits));
+  Random random(4);
+  for (const std::string& text : specs) {
+    const QuantSpec spec = spec_of(text);
+    std::vector<float> zeros = {0, 1, -1, 2, 7, -128, 255, 65535, 0x1p22f, -0x1p22f, 0x1p23f - 1, 1 - 0x1p23f, 0x1p23f, -0x1p23f};
+    for (int i = 0; i < 6; ++i) zeros.push_back(float(random.between(-1 << 23, 1 << 23)));
+    for (const float z : zeros) {
+      std::vector<float> all = specials();
+      for (const float end : {spec.quant_min - z, spec.quant_max - z, 0.0f})
+        for (int k = -20; k <= 20; ++k) push_near(all, end + float(k) / 4);
+      for (int i = 0; i < 2000; ++i) {
+        all.push_back(float_of(uint32_t(random.bits())));
+        all.push_back(float(random.between(int64_t(4 * (spec.quant_min - z)) - 9, int64_t(4 * (spec.quant_max - z)) + 9)) / 4);
+      }
+      for (const float x : all) {
+        test_integer(spec, z, x, 1.0f);
+        test_integer(spec, z, x, float_of(uint32_t(random.bits())));
+      }
+    }
+  }
+}
+
+// ---- dequantize ---------------------------------------------------------------------------------------------------
+
+template <Arithmetic A>
+void test_dequantize(float y, float s, float z, float limit) {
+  const check::Note note([&] {
+    return check::text_of(y) + " - " + check::text_of(z) + " times " + check::text_of(s) + ", limit " + check::text_of(limit);
+  });
+  const double difference = A == Arithmetic::affine ? double(y) - double(z) : double(y);
+  float want = float(difference * double(s));  // the product is exact: at most 24 + 24 bits
+  const bool keeps_infinity = std::isinf(y) && A != Arithmetic::integer && A != Arithmetic::affine;
+  if (std::isnan(want)) {
+    want = nan_of(is_negative(y));
+  } else if (!keeps_infinity) {
+    want = std::clamp(want, -limit, limit);
+  }
+  CHECK_EQ(dequantize_value<A>(y, s, z, limit), want);
+}
+
+TEST(dequantize_saturates) {
+  const float limits[] = {65504.0f, 0x1.fep127f, kLargest};
+  // Known answers: the scale's NaN and the code's infinity are kept, everything else is brought to the limit.
+  CHECK_EQ(dequantize_value<Arithmetic::integer>(100, 1000, 0, 65504), 65504.0f);
+  CHECK_EQ(dequantize_value<Arithmetic::integer>(-100, 1000, 0, 65504), -65504.0f);
+  CHECK_EQ(dequantize_value<Arithmetic::integer>(100, kInf, 0, kLargest), kLargest);
+  CHECK_EQ(dequantize_value<Arithmetic::affine>(5, kInf, 5, kLargest), nan_of(false));
+  CHECK_EQ(dequantize_value<Arithmetic::affine>(0, kLargest, 2, 65504), -65504.0f);
+  CHECK_EQ(dequantize_value<Arithmetic::minifloat>(kInf, 1, 0, 65504), kInf);
+  CHECK_EQ(dequantize_value<Arithmetic::minifloat>(-kInf, 2, 0, 65504), -kInf);
+  CHECK_EQ(dequantize_value<Arithmetic::minifloat>(kInf, 0, 0, 65504), nan_of(false));
+  CHECK_EQ(dequantize_value<Arithmetic::minifloat>(-448, kLargest, 0, kLargest), -kLargest);
+  CHECK_EQ(dequantize_value<Arithmetic::minifloat>(-0.0f, 1, 0, kLargest), -0.0f);
+  CHECK_EQ(dequantize_value<Arithmetic::minifloat>(-1, nan_of(false), 0, kLargest), nan_of(true));
+  CHECK_EQ(dequantize_value<Arithmetic::bfloat16>(0x1.fep127f, 1, 0, kLargest), 0x1.fep127f);
+
+  Random random(5);
+  std::vector<float> scales = specials();
+  for (int i = 0; i < 3000; ++i) scales.push_back(float_of(uint32_t(random.bits())));
+  for (const float limit : limits) {
+    for (const float s : scales) {
+      for (int i = 0; i < 40; ++i) {
+        const auto code = float(random.between(-32768, 65535));
+        test_dequantize<Arithmetic::integer>(code, s, 0, limit);
+        test_dequantize<Arithmetic::affine>(code, s, 0, limit);
+        test_dequantize<Arithmetic::affine>(code, s, float(random.between(-1 << 23, 1 << 23)), limit);
+      }
+      for (const float z : {-0x1p23f, 0x1p23f}) test_dequantize<Arithmetic::affine>(65535, s, z, limit);
+      for (const char* name : {"fp8_e4m3", "fp8_e5m2", "fp8_e5m2fnuz", "fp4"}) {
+        const QuantSpec spec = spec_of(name);
+        const auto code = uint32_t(random.between(0, (1 << spec.format.bits) - 1));
+        test_dequantize<Arithmetic::minifloat>(decode(code, make_grid(spec), spec.format.bits), s, 0, limit);
+      }
+      test_dequantize<Arithmetic::minifloat>(kInf, s, 0, limit);
+      test_dequantize<Arithmetic::minifloat>(-kInf, s, 0, limit);
+      test_dequantize<Arithmetic::minifloat>(-0.0f, s, 0, limit);
+      test_dequantize<Arithmetic::minifloat>(nan_of(true), s, 0, limit);
+      test_dequantize<Arithmetic::float16>(from_float16(uint16_t(random.bits())), s, 0, limit);
+      test_dequantize<Arithmetic::bfloat16>(from_bfloat16(uint16_t(random.bits())), s, 0, limit);
+    }
+  }
+}
+
+TEST(fake_quantize_is_dequantize_of_quantize_but_for_nan) {
+  Random random(6);
+  const Grid e4m3 = make_grid(spec_of("fp8_e4m3")), fp4 = make_grid(spec_of("fp4")), int8 = make_grid(spec_of("int8"));
+  std::vector<float> all = specials();
+  for (int i = 0; i < 300'000; ++i) all.push_back(random_float(random, spec_of("int8").format));
+  for (const float x : all) {
+    const float s = random.chance(50) ? 0.3f : float_of(uint32_t(random.bits()));
+    const auto z = float(random.between(-300, 300));
+    const check::Note note([&] { return check::text_of(x) + " / " + check::text_of(s); });
+    for_each_rounding([&]<Rounding R>() {
+      const float nan = nan_of(is_negative(x));
+      const auto fake = [&]<Arithmetic A>(float zero, const Grid& grid) {
+        const float y = dequantize_value<A>(quantize_value<A, R>(x, s, zero, grid), s, zero, 65504.0f);
+        CHECK_EQ((fake_quantize_value<A, R>(x, s, zero, 65504.0f, grid)), std::isnan(x) ? nan : y);
+      };
+      fake.template operator()<Arithmetic::integer>(0, int8);
+      fake.template operator()<Arithmetic::affine>(z, int8);
+      fake.template operator()<Arithmetic::minifloat>(0, e4m3);
+      fake.template operator()<Arithmetic::minifloat>(0, fp4);
+    });
+  }
+}
+
+TEST(is_inside_at_the_edges) {
+  const Grid e4m3 = make_grid(spec_of("fp8_e4m3")), fp4 = make_grid(spec_of("fp4")), int4 = make_grid(spec_of("int4"));
+  const auto e4m3_inside = [&](float x) { return is_inside<Arithmetic::minifloat, Rounding::half_even>(x, 1, 0, e4m3); };
+  CHECK(e4m3_inside(448));
+  CHECK(e4m3_inside(464));  // the tie goes to 448, which is even; 480 is not
+  CHECK(!e4m3_inside(std::nextafter(464.0f, kInf)));
+  CHECK(e4m3_inside(-464));
+  CHECK(!e4m3_inside(-kLargest));
+  CHECK(!e4m3_inside(kInf));
+  CHECK(!e4m3_inside(nan_of(false)));
+  const auto fp4_inside = [&](float x) { return is_inside<Arithmetic::minifloat, Rounding::half_even>(x, 1, 0, fp4); };
+  CHECK(fp4_inside(std::nextafter(7.0f, 0.0f)));
+  CHECK(!fp4_inside(7));  // to 8
+  CHECK((is_inside<Arithmetic::minifloat, Rounding::toward_zero>(7.9999995f, 1, 0, fp4)));
+  CHECK((!is_inside<Arithmetic::minifloat, Rounding::toward_zero>(8, 1, 0, fp4)));
+  CHECK((is_inside<Arithmetic::minifloat, Rounding::floor>(7.9999995f, 1, 0, fp4)));
+  CHECK((!is_inside<Arithmetic::minifloat, Rounding::floor>(-6.0000005f, 1, 0, fp4)));
+  CHECK((!is_inside<Arithmetic::minifloat, Rounding::ceil>(6.0000005f, 1, 0, fp4)));
+  CHECK((is_inside<Arithmetic::integer, Rounding::half_even>(std::nextafter(7.5f, 0.0f), 1, 0, int4)));
+  CHECK((!is_inside<Arithmetic::integer, Rounding::half_even>(7.5f, 1, 0, int4)));
+  CHECK((is_inside<Arithmetic::integer, Rounding::half_even>(-8.5f, 1, 0, int4)));
+  CHECK((!is_inside<Arithmetic::integer, Rounding::half_away>(-8.5f, 1, 0, int4)));
+  CHECK((is_inside<Arithmetic::affine, Rounding::half_even>(2.5f, 1, 5, int4)));
+  CHECK((!is_inside<Arithmetic::affine, Rounding::half_even>(3.0f, 1, 5, int4)));
+  CHECK((!is_inside<Arithmetic::affine, Rounding::half_even>(nan_of(true), 1, 5, int4)));
+}
+
+// ---- dynamic scales -----------------------------------------------------------------------------------------------
+
+/// x / y in float32: the double quotient has enough bits to round twice.
+float quotient(double x, double y) { return float(x / y); }
+
+void test_bounds(const QuantSpec& spec, float low, float high) {
+  const Grid grid = make_grid(spec);
+  const bool symmetric = spec.symmetric;
+  const check::Note note([&] {
+    return std::string(spec.format.name) + (symmetric ? " symmetric" : " asymmetric") + " bounds " +
+           check::text_of(low) + ", " + check::text_of(high);
+  });
+  const double steps = double(grid.hi) - double(grid.lo);
+  float scale = 0;
+  double zero = symmetric ? 0 : grid.lo;
+  if (!std::isfinite(low) || !std::isfinite(high)) {
+    scale = nan_of(false);
+  } else if (low == 0 && high == 0) {
+    scale = 1;
+  } else if (symmetric) {
+    scale = std::max(quotient(std::max(low, high), grid.hi), 0x1p-126f);
+  } else {
+    const auto width = float(double(low) + double(high));
+    scale = std::isinf(width) ? float(double(quotient(high, steps)) + double(quotient(low, steps))) : quotient(width, steps);
+    scale = std::clamp(scale, 0x1p-126f, kLargest);
+    zero = std::clamp(grid.lo + std::nearbyint(double(quotient(low, scale))), double(grid.lo), double(grid.hi));
+  }
+  const ScaleAndZero got = scale_from_bounds(bits_of(low), bits_of(high), symmetric, grid);
+  CHECK_EQ(got.scale, scale);
+  CHECK_EQ(got.zero_point, int32_t(zero));
+}
+
+TEST(scale_from_bounds) {
+  std::vector<float> bounds = {0, kTiny, 2 * kTiny, 100 * kTiny, 1e-40f, 1e-36f, 0x1p-126f, 0x1p-120f, 0.1f, 1, 127, 255, 1e30f, 0x1p127f,
+                               0x1.fp127f, kLargest, kInf, nan_of(false), float_of(0x7f800001)};
+  Random random(7);
+  for (int i = 0; i < 300; ++i) bounds.push_back(float_of(uint32_t(random.bits()) & ~kSign));
+  for (const Format& f : quark::formats()) {
+    if (f.is_cast()) continue;
+    std::vector<std::string> texts = {f.name};
+    if (f.is_integer()) texts.push_back(f.name + std::string(" asymmetric"));
+    if (f.is_integer()) texts.push_back(f.name + std::string(" asymmetric min=0 max=1"));
+    if (f.is_integer()) texts.push_back(f.name + std::string(" min=0"));
+    for (const std::string& text : texts)
+      for (const float low : bounds)
+        for (const float high : bounds) test_bounds(spec_of(text), low, high);
+  }
+  // Known answers.
+  const auto int8 = make_grid(spec_of("int8")), uint8 = make_grid(spec_of("uint8"));
+  const auto known = [](ScaleAndZero r, float scale, int32_t zero) {
+    CHECK_EQ(r.scale, scale);
+    CHECK_EQ(r.zero_point, zero);
+  };
+  known(quark::QUARK_LEVEL::scale_from_bounds(0, 0, true, int8), 1, 0);
+  known(quark::QUARK_LEVEL::scale_from_bounds(0, 0, false, int8), 1, -128);
+  known(quark::QUARK_LEVEL::scale_from_bounds(bits_of(63.5f), bits_of(127), true, int8), 1, 0);
+  known(quark::QUARK_LEVEL::scale_from_bounds(bits_of(51), bits_of(204), false, uint8), 1, 51);
+  known(quark::QUARK_LEVEL::scale_from_bounds(0, 1, true, int8), 0x1p-126f, 0);
+  known(quark::QUARK_LEVEL::scale_from_bounds(bits_of(1), bits_of(kInf), false, int8), nan_of(false), -128);
+}
+
+TEST(bounds_keep_the_largest_bits_of_each_sign) {
+  Random random(8);
+  std::vector<float> all = specials();
+  for (int i = 0; i < 100'000; ++i) all.push_back(float_of(uint32_t(random.bits())));
+  for (const float x : all) {
+    const check::Note note([&] { return check::text_of(x); });
+    CHECK_EQ(below_zero(x), is_negative(x) ? bits_of(x) & ~kSign : 0u);
+    CHECK_EQ(above_zero(x), is_negative(x) ? 0u : bits_of(x));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return check::run_all(argc, argv); }

@@ -1,0 +1,250 @@
+"""One adapter for the core, torch and JAX each, so that every test body runs on all three.
+
+Arrays go in and come out as NumPy's; codes come out as they are stored.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from matrix import Case, numpy_dtype
+from quark_kernels import QuantSpec, _core
+from quark_kernels.schema import OPS, OpSpec, codes_spec, op_spec, outputs, scale_shape
+
+
+def bits(a: np.ndarray) -> np.ndarray:
+    """The bit patterns of an array."""
+    a = np.array(a, order="C", copy=None)
+    return a.view(np.dtype(f"u{a.itemsize}"))
+
+
+def stored_codes(case: Case, codes: np.ndarray) -> np.ndarray:
+    """Codes as int64, from what a frontend stores: unpacked, signed where the format is."""
+    import reference
+
+    row = case.spec.element
+    signed = row.exponent_bits == 0 and row.lo < 0
+    if case.packed:
+        length = case.shape[-1] if case.shape else 1
+        return reference.unpack(codes, row.bits, length, signed).reshape(case.shape)
+    if row.exponent_bits > 0:
+        return bits(codes).astype(np.int64)
+    return codes.astype(np.int64)
+
+
+class Core:
+    """The compiled core itself, on NumPy arrays."""
+
+    name = "core"
+    layouts = ("rows", "transposed", "sliced", "reversed", "broadcast")
+
+    def _run(self, op: str, inputs: list[Any], spec: OpSpec, shape: tuple[int, ...], dtype: str) -> list[np.ndarray]:
+        outs = [np.empty(size, numpy_dtype(name)) for size, name in outputs(OPS[op], spec, shape, dtype)]
+        getattr(_core, op)(tuple(a for a in inputs if a is not None), tuple(outs), spec.text)
+        return outs
+
+    def _spec(self, case: Case, dtype: str | None = None, packed: bool = False) -> OpSpec:
+        return op_spec(case.spec, case.shape, packed, dtype)
+
+    def quantize(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        spec = self._spec(case, packed=case.packed)
+        if case.given:
+            (q,) = self._run("quantize", [case.x, case.scale, case.zero], spec, case.shape, case.dtype)
+            return q, case.scale, case.zero
+        q, s, *z = self._run("quantize_dynamic", [case.x], spec, case.shape, case.dtype)
+        return q, s, z[0] if z else None
+
+    def dequantize(self, case: Case, dtype: str) -> np.ndarray:
+        q, s, z = self.quantize(case)
+        return self._run("dequantize", [q, s, z], self._spec(case, dtype, case.packed), case.shape, dtype)[0]
+
+    def fake_quantize(self, case: Case) -> np.ndarray:
+        if case.given:
+            operands = [case.x, case.scale, case.zero]
+            return self._run("fake_quantize", operands, self._spec(case), case.shape, case.dtype)[0]
+        return self._run("fake_quantize_dynamic", [case.x], self._spec(case), case.shape, case.dtype)[0]
+
+    def choose_qparams(self, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
+        s, *z = self._run("choose_qparams", [case.x], self._spec(case), case.shape, case.dtype)
+        return s, z[0] if z else None
+
+    def clipped_gradient(self, case: Case) -> np.ndarray:
+        operands = [case.x, case.gradient, case.scale, case.zero]
+        return self._run("fake_quantize_backward", operands, self._spec(case), case.shape, case.dtype)[0]
+
+    def scale_gradient(self, case: Case) -> np.ndarray:
+        q, _, z = self.quantize(case)
+        operands = [case.gradient, q, z]
+        return self._run("dequantize_backward", operands, self._spec(case, None, case.packed), case.shape, case.dtype)[0]
+
+    def pack(self, codes: np.ndarray, bits: int) -> np.ndarray:
+        return self._run("pack", [codes], codes_spec(bits, length=codes.shape[-1]), codes.shape, codes.dtype.name)[0]
+
+    def unpack(self, packed: np.ndarray, bits: int, length: int, signed: bool) -> np.ndarray:
+        spec = codes_spec(bits, signed=signed, length=length)
+        return self._run("unpack", [packed], spec, (*packed.shape[:-1], length), "")[0]
+
+
+class Framework:
+    """What the torch and JAX adapters share: the everyday functions."""
+
+    name: str
+    api: Any
+
+    def array(self, a: np.ndarray | None) -> Any:
+        raise NotImplementedError
+
+    def numpy(self, a: Any) -> np.ndarray:
+        raise NotImplementedError
+
+    def dtype(self, name: str) -> Any:
+        raise NotImplementedError
+
+    def context(self, case: Case) -> Any:
+        return nullcontext()
+
+    def scales(self, case: Case) -> dict[str, Any]:
+        if not case.given or case.spec.element.is_cast:
+            return {}
+        return {"scale": self.array(case.scale), "zero_point": self.array(case.zero)}
+
+    def _normal(self, case: Case, a: Any) -> np.ndarray:
+        """A scale in normal form; per tensor it must come as 0-d."""
+        a = self.numpy(a)
+        if not any(case.block) and str(case.spec.granularity) == "PerTensor()":
+            assert a.shape == ()
+        return a.reshape(scale_shape(case.shape, case.block))
+
+    def _quantize(self, case: Case) -> Any:
+        packed = case.packed if case.spec.element.can_pack else None
+        q = self.api.quantize(self.array(case.x), case.spec, packed=packed, **self.scales(case))
+        assert q.shape == case.shape
+        assert q.packed == case.packed
+        assert q.spec == case.spec
+        return q
+
+    def quantize(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        with self.context(case):
+            q = self._quantize(case)
+            zero = None if q.zero_point is None else self._normal(case, q.zero_point)
+            return self.numpy(q.qvalue), self._normal(case, q.scale), zero
+
+    def dequantize(self, case: Case, dtype: str) -> np.ndarray:
+        with self.context(case):
+            return self.numpy(self.api.dequantize(self._quantize(case), self.dtype(dtype)))
+
+    def fake_quantize(self, case: Case) -> np.ndarray:
+        with self.context(case):
+            return self.numpy(self.api.fake_quantize(self.array(case.x), case.spec, **self.scales(case)))
+
+    def choose_qparams(self, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
+        with self.context(case):
+            s, z = self.api.choose_qparams(self.array(case.x), case.spec)
+            return self._normal(case, s), None if z is None else self._normal(case, z)
+
+    def pack(self, codes: np.ndarray, bits: int) -> np.ndarray:
+        return self.numpy(self.api.pack(self.array(codes), bits))
+
+    def unpack(self, packed: np.ndarray, bits: int, length: int, signed: bool) -> np.ndarray:
+        return self.numpy(self.api.unpack(self.array(packed), bits, signed=signed))[..., :length]
+
+
+class Torch(Framework):
+    name = "torch"
+    layouts = ("rows", "transposed", "sliced", "broadcast")
+
+    def __init__(self) -> None:
+        import quark_torch
+
+        self.api = quark_torch
+
+    def array(self, a: np.ndarray | None) -> Any:
+        import torch
+
+        if a is None:
+            return None
+        if a.size and a.ndim and a.strides[0] == 0 and a.shape[0] > 1:  # broadcast along the first axis
+            return self.array(a[:1].copy()).expand(a.shape)
+        # torch.from_numpy keeps strides, but knows neither ml_dtypes' dtypes nor read-only arrays.
+        same_width = a.dtype if a.dtype.kind in "iu" and a.dtype.name in dir(torch) else np.dtype(f"i{a.itemsize}")
+        return torch.from_numpy(a.view(same_width)).view(self.dtype(a.dtype.name))
+
+    def numpy(self, a: Any) -> np.ndarray:
+        import torch
+
+        dtype = numpy_dtype(str(a.dtype).removeprefix("torch."))
+        a = a.detach().contiguous()
+        return a.view(getattr(torch, f"int{8 * a.element_size()}")).numpy().view(dtype)
+
+    def dtype(self, name: str) -> Any:
+        import torch
+
+        return getattr(torch, name)
+
+    def clipped_gradient(self, case: Case) -> np.ndarray:
+        import torch
+
+        x = self.array(case.x).detach().requires_grad_()
+        y = self.api.fake_quantize(x, case.spec, **self.scales(case))
+        (grad,) = torch.autograd.grad(y, x, self.array(case.gradient))
+        return self.numpy(grad)
+
+    def scale_gradient(self, case: Case) -> np.ndarray:
+        import torch
+
+        q = self._quantize(case)
+        q.scale.requires_grad_()
+        (grad,) = torch.autograd.grad(q.dequantize(), q.scale, self.array(case.gradient))
+        return self._normal(case, grad)
+
+
+class Jax(Framework):
+    name = "jax"
+    layouts = ("rows",)
+
+    def __init__(self) -> None:
+        import quark_jax
+
+        self.api = quark_jax
+
+    def context(self, case: Case) -> Any:
+        import jax
+
+        return jax.enable_x64(True) if case.dtype == "float64" else nullcontext()
+
+    def array(self, a: np.ndarray | None) -> Any:
+        import jax.numpy as jnp
+
+        return None if a is None else jnp.asarray(a)
+
+    def numpy(self, a: Any) -> np.ndarray:
+        return np.asarray(a)
+
+    def dtype(self, name: str) -> Any:
+        return numpy_dtype(name)
+
+    def clipped_gradient(self, case: Case) -> np.ndarray:
+        import jax
+
+        with self.context(case):
+            scales = self.scales(case)
+            _, back = jax.vjp(lambda x: self.api.fake_quantize(x, case.spec, **scales), self.array(case.x))
+            return self.numpy(back(self.array(case.gradient))[0])
+
+    def scale_gradient(self, case: Case) -> np.ndarray:
+        import dataclasses
+
+        import jax
+
+        with self.context(case):
+            q = self._quantize(case)
+            _, back = jax.vjp(lambda s: dataclasses.replace(q, scale=s).dequantize(), q.scale)
+            return self._normal(case, back(self.array(case.gradient))[0])
+
+
+def spec_of(format_name: str) -> QuantSpec:
+    """The plain per-tensor spec of a format."""
+    return QuantSpec(format_name)
