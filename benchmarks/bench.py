@@ -5,8 +5,9 @@
 A row is one operation on normally distributed float32 numbers, through the public API. The operation, the copy and the
 peer run in turns, so that whatever else the machine does hits all three; shown are medians, with quartiles in brackets.
 GB/s counts each byte that must be read or written once: 8 a number for fake_quantize and the copy, 5 for quantize and
-dequantize. In torch, fake_quantize has `out=` and the copy a target; everything else allocates its result, as it would
-for its user. Each framework and thread count has a process of its own, where OpenMP threads keep to their cores.
+dequantize. In torch, fake_quantize has `out=` and the copy a target; everything else allocates its result. Each
+framework and thread count has a process of its own, where malloc keeps freed memory, so that no contender pays for
+fresh pages, and OpenMP threads keep to their cores. Two threads need two idle cores: look at the load.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from quark_kernels import info
+from tqdm import tqdm
 
 Call = Callable[[], Any]
 
@@ -133,9 +133,8 @@ class Torch:
     expressions = "torch expression"
 
     def __init__(self, threads: int) -> None:
-        import torch
-
         import quark_torch
+        import torch
 
         torch.set_num_threads(threads)
         self.torch, self.api = torch, quark_torch
@@ -182,7 +181,6 @@ class Jax:
 
     def __init__(self, threads: int) -> None:
         import jax
-
         import quark_jax
 
         self.jax, self.api = jax, quark_jax
@@ -259,8 +257,13 @@ def measure(case: Case, elements: int, threads: int, rounds: int) -> Result:
 
 def process(threads: int) -> ProcessPoolExecutor:
     """Return a process whose frameworks use that many threads."""
-    # Read once, when a framework starts: PJRT_NPROC is the size of XLA's pool. Threads bound to cores don't share one.
-    os.environ.update(PJRT_NPROC=str(threads), JAX_PLATFORMS="cpu", OMP_PROC_BIND="true" if threads > 1 else "false")
+    os.environ.update(
+        PJRT_NPROC=str(threads),  # the size of XLA's pool
+        JAX_PLATFORMS="cpu",
+        OMP_PROC_BIND="true" if threads > 1 else "false",
+        MALLOC_MMAP_MAX_="0",
+        MALLOC_TRIM_THRESHOLD_=str(1 << 34),
+    )
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
@@ -290,8 +293,12 @@ def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     here = info()
-    return {"cpu": models[0].partition(": ")[2] if models else "unknown", "cores": os.cpu_count()} | {
-        name: here[name] for name in ("version", "cpu_level", "torch", "jax")
+    return {
+        "cpu": models[0].partition(": ")[2] if models else "unknown",
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "quark_kernels": here["version"],
+        **{name: here[name] for name in ("cpu_level", "torch", "jax")},
     }
 
 
@@ -323,17 +330,17 @@ def headline(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def as_json(results: Sequence[Result]) -> str:
+def as_json(results: Sequence[Result], where: dict[str, Any]) -> str:
     """Return everything that was measured."""
     rows = [
         {**r.case._asdict(), **asdict(r), "case": str(r.case), "of_copy": r.of_copy, "times_peer": r.times_peer}
         | {f"{who}_gb_per_second": r.speed(who)[1] for who in r.seconds}
         for r in results
     ]
-    return json.dumps({"machine": machine(), "results": rows}, indent=2) + "\n"
+    return json.dumps({"machine": where, "results": rows}, indent=2) + "\n"
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
+def plot(results: Sequence[Result], where: dict[str, Any], path: Path) -> None:
     """Draw GB/s at 4M elements as bars, a panel for each thread count; the line across two bars is the copy."""
     import matplotlib as mpl
 
@@ -350,8 +357,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
         draw_panel(axis, panel)
     axes[0, 0].invert_yaxis()
     axes[0, 0].legend(loc="lower right")
-    here = machine()
-    figure.suptitle(f"quark-kernels {here['version']}, {here['cpu']}, {here['cpu_level']}; 4M elements", fontsize=11)
+    title = f"quark-kernels {where['quark_kernels']}, {where['cpu']}, {where['cpu_level']}; 4M elements"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=120)
 
 
@@ -384,14 +391,14 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse()
+    options, where = parse(), machine()
     results = list(run([case for case in CASES if find_spec(case.framework)], quick=options.quick))
-    print(", ".join(f"{name} {value}" for name, value in machine().items()), end="\n\n")
+    print(", ".join(f"{name} {value}" for name, value in where.items()), end="\n\n")
     print(table(results), headline(results), sep="\n\n")
     if options.json:
-        options.json.write_text(as_json(results))
+        options.json.write_text(as_json(results, where))
     if options.plot:
-        plot(results, options.plot)
+        plot(results, where, options.plot)
 
 
 if __name__ == "__main__":

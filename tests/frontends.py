@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-
 from matrix import Case, numpy_dtype
 from quark_kernels import QuantSpec, _core
 from quark_kernels.schema import OPS, OpSpec, codes_spec, op_spec, outputs, scale_shape
@@ -78,7 +77,9 @@ class Core:
     def scale_gradient(self, case: Case) -> np.ndarray:
         q, _, z = self.quantize(case)
         operands = [case.gradient, q, z]
-        return self._run("dequantize_backward", operands, self._spec(case, None, case.packed), case.shape, case.dtype)[0]
+        return self._run("dequantize_backward", operands, self._spec(case, None, case.packed), case.shape, case.dtype)[
+            0
+        ]
 
     def pack(self, codes: np.ndarray, bits: int) -> np.ndarray:
         return self._run("pack", [codes], codes_spec(bits, length=codes.shape[-1]), codes.shape, codes.dtype.name)[0]

@@ -12,7 +12,6 @@ from functools import cached_property
 
 import ml_dtypes
 import numpy as np
-
 import reference
 from quark_kernels import PRESETS, ROUNDINGS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 from quark_kernels.schema import block_of, scale_shape
@@ -135,9 +134,7 @@ class Case:
     def dequantized(self, dtype: str) -> np.ndarray:
         """Expected bits of dequantize."""
         e = self._expanded()
-        return reference.to_bits(
-            reference.dequantize(self.codes, e["fmt"], e["scale"], e["zero_point"], dtype), dtype
-        )
+        return reference.to_bits(reference.dequantize(self.codes, e["fmt"], e["scale"], e["zero_point"], dtype), dtype)
 
     @cached_property
     def fake_quantized(self) -> np.ndarray:
@@ -159,14 +156,37 @@ TIES = np.concatenate([np.arange(-40, 41) / 8.0, np.arange(-40, 41) / 32.0, [0.4
 EDGES = np.concatenate(
     [
         TIES[:: len(TIES) // 36],
-        [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 3e38, -3e38, 1e-40, -1e-40, 2.0**-149, 2.0**-126, 65504, 65519.99],
+        [
+            0.0,
+            -0.0,
+            np.inf,
+            -np.inf,
+            np.nan,
+            -np.nan,
+            3e38,
+            -3e38,
+            1e-40,
+            -1e-40,
+            2.0**-149,
+            2.0**-126,
+            65504,
+            65519.99,
+        ],
     ]
 )
 
 INTEGERS = [name for name, spec in PRESETS.items() if spec.element.is_integer]
 SCALED = [name for name, spec in PRESETS.items() if not spec.element.is_cast]
 NARROW = [name for name, spec in PRESETS.items() if spec.element.can_pack]
-GRANULARITIES = (PerTensor(), PerChannel(0), PerChannel(-1), PerGroup(32), PerGroup(4, 0), PerBlock((4, 16)), PerToken())
+GRANULARITIES = (
+    PerTensor(),
+    PerChannel(0),
+    PerChannel(-1),
+    PerGroup(32),
+    PerGroup(4, 0),
+    PerBlock((4, 16)),
+    PerToken(),
+)
 
 
 def _cases() -> Iterator[Case]:

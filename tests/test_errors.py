@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from quark_kernels import PerBlock, PerChannel, PerGroup, PerToken, QuantSpec, _core
 
 X = np.ones((4, 6), np.float32)
@@ -26,10 +25,30 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
     ("spec_type", lambda api, a, x: api.quantize(x, 8), TypeError, "spec is 8; allowed: a QuantSpec, a preset's name"),
     ("spec_list", lambda api, a, x: api.quantize(x, ["int8"]), TypeError, r"spec is \['int8'\]; allowed"),
     ("spec_none", lambda api, a, x: api.quantize(x, None), TypeError, "spec is None; allowed"),
-    ("preset", lambda api, a, x: api.quantize(x, "int5"), ValueError, "spec is 'int5'; allowed: int2, int3, int4, int8"),
-    ("axis", lambda api, a, x: api.quantize(x, "int8", axis=2), ValueError, "axis is 2; x has 2 axes, allowed: -2 to 1"),
-    ("axis_0d", lambda api, a, x: api.quantize(a(np.array(1, np.float32)), "int8", axis=0), ValueError, "axis is 0; x has 0 axes"),
-    ("axis_type", lambda api, a, x: api.fake_quantize(x, "int8", axis=1.5), TypeError, "axis is 1.5; allowed: an integer"),
+    (
+        "preset",
+        lambda api, a, x: api.quantize(x, "int5"),
+        ValueError,
+        "spec is 'int5'; allowed: int2, int3, int4, int8",
+    ),
+    (
+        "axis",
+        lambda api, a, x: api.quantize(x, "int8", axis=2),
+        ValueError,
+        "axis is 2; x has 2 axes, allowed: -2 to 1",
+    ),
+    (
+        "axis_0d",
+        lambda api, a, x: api.quantize(a(np.array(1, np.float32)), "int8", axis=0),
+        ValueError,
+        "axis is 0; x has 0 axes",
+    ),
+    (
+        "axis_type",
+        lambda api, a, x: api.fake_quantize(x, "int8", axis=1.5),
+        TypeError,
+        "axis is 1.5; allowed: an integer",
+    ),
     (
         "group",
         lambda api, a, x: api.quantize(x, "int8", group_size=0),
@@ -109,7 +128,12 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
         ValueError,
         "packed is True; a code of int8 fills its bytes already",
     ),
-    ("packed_type", lambda api, a, x: api.quantize(x, "int4", packed=1), TypeError, "packed is 1; allowed: True, False"),
+    (
+        "packed_type",
+        lambda api, a, x: api.quantize(x, "int4", packed=1),
+        TypeError,
+        "packed is 1; allowed: True, False",
+    ),
     (
         "gradient",
         lambda api, a, x: api.fake_quantize(x, "int8", gradient="soft"),
@@ -215,7 +239,9 @@ class TestTorch:
         base = torch.zeros(50)
         with pytest.raises(ValueError, match="overlaps input 0; only the very same tensor may be both"):
             api.fake_quantize(base[:24], "int8", out=base[1:25])
-        with pytest.raises(ValueError, match=r"out is float32 \(6, 4\) on cpu; allowed: like x, float32 \(4, 6\) on cpu"):
+        with pytest.raises(
+            ValueError, match=r"out is float32 \(6, 4\) on cpu; allowed: like x, float32 \(4, 6\) on cpu"
+        ):
             api.fake_quantize(x, "int8", out=torch.zeros(6, 4))
         with pytest.raises(ValueError, match="out is float16"):
             api.fake_quantize(x, "int8", out=torch.zeros(4, 6, dtype=torch.float16))
@@ -335,7 +361,11 @@ class TestSpecs:
             (lambda: QuantSpec("int4", quant_max=8), ValueError, "quant_max is 8; int4 has codes from -8 to 7"),
             (lambda: QuantSpec("int4", quant_min=2.0), TypeError, "quant_min is 2.0; allowed: an integer"),  # type: ignore[arg-type]
             (lambda: QuantSpec("int4", quant_min=3, quant_max=3), ValueError, "quant_min 3 isn't below quant_max 3"),
-            (lambda: QuantSpec("int4", quant_max=-1), ValueError, "quant_max is -1; a symmetric range needs it above 0"),
+            (
+                lambda: QuantSpec("int4", quant_max=-1),
+                ValueError,
+                "quant_max is -1; a symmetric range needs it above 0",
+            ),
             (lambda: QuantSpec("bf16", PerToken()), ValueError, "bf16 is a cast: it has no scales"),
             (lambda: QuantSpec("bf16", rounding="floor"), ValueError, "bf16 is a cast"),
             (lambda: PerGroup(0), ValueError, "size is 0; allowed: 1 or more"),

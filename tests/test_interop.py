@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from quark_kernels import PRESETS, interop
 
 pytest.importorskip("torch")
@@ -14,15 +13,27 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
-import torch
-
 import quark_jax
 import quark_torch
+import torch
 
-DTYPES = (
-    "float32 float16 bfloat16 int8 uint8 int16 uint16 int32 bool complex64 "
-    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
-).split()
+DTYPES = [
+    "float32",
+    "float16",
+    "bfloat16",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "bool",
+    "complex64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+]
 
 
 def raw(a: Any) -> bytes:

@@ -32,7 +32,7 @@ CASTS = ("float16", "bfloat16")  # they round half_even only
 
 
 def tool(*names: str) -> str:
-    """The first of the programs that is there, in this Python's environment or on the path; else the test is skipped."""
+    """The first of the programs found beside this Python or on the path; the test is skipped where there is none."""
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     for name in names:
         if name and (found := shutil.which(name, path=search)):
@@ -124,8 +124,10 @@ def innermost_loops(code: list[Instruction]) -> Iterator[Loop]:
     index = {instruction.address: i for i, instruction in enumerate(code)}
     loops = []
     for i, (address, text) in enumerate(code):
-        if (jump := re.match(r"j\w+\s+([0-9a-f]+)\b", text)) and int(jump[1], 16) <= address:
-            loops.append((index.get(int(jump[1], 16), i), i))
+        jump = re.match(r"j\w+\s+([0-9a-f]+)\b", text)
+        target = int(jump[1], 16) if jump else -1
+        if target in index and target <= address:
+            loops.append((index[target], i))
     for begin, end in loops:
         if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in loops):
             yield [text for _, text in code[begin : end + 1]]

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_parity import run_python
-
 import quark_kernels
 from quark_kernels import PRESETS, __main__, demo, ffi_api
+from test_parity import run_python
 
 
 def test_import_brings_in_no_framework() -> None:
@@ -90,7 +89,7 @@ def test_demo(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     quantized = [row for row in rows if row["preset"] in PRESETS]
     assert [row["preset"] for row in quantized] == list(PRESETS)
-    assert all(row["same_bits"] == "yes" for row in quantized)
+    assert all(row["same_bits"] is True for row in quantized)
     accuracy = {row["preset"]: row["accuracy"] for row in rows}
     assert accuracy["int8"] > 0.95
     assert accuracy["int2"] < accuracy["int8"]
@@ -194,7 +193,10 @@ def test_qtensor_sizes(framework: Any) -> None:
     q = framework.api.quantize(x, "int4", group_size=50, packed=True)
     assert q.nbytes == 4 * 50 + 4 * 2 * 4
     assert q.bits_per_value == 4 + 8 * 32 / 400
-    assert repr(q) == "QTensor(int4 group=50,-1, shape=(4, 100), dtype=float32, packed, scale(4, 2), 4.64 bits/value, 232 bytes)"
+    assert (
+        repr(q)
+        == "QTensor(int4 group=50,-1, shape=(4, 100), dtype=float32, packed, scale(4, 2), 4.64 bits/value, 232 bytes)"
+    )
     assert framework.api.quantize(x, "bf16").bits_per_value == 16
     assert framework.api.quantize(x, "uint8", axis=0).bits_per_value == 8 + 4 * (32 + 8) / 400
     assert np.isnan(framework.api.quantize(x[:0], "int8").bits_per_value)
@@ -202,7 +204,12 @@ def test_qtensor_sizes(framework: Any) -> None:
 
 def test_dtypes_as_specs(framework: Any) -> None:
     x = framework.array(np.ones((4, 8), np.float32))
-    for name, preset in {"int8": "int8", "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2", "bfloat16": "bf16"}.items():
+    for name, preset in {
+        "int8": "int8",
+        "float8_e4m3fn": "fp8_e4m3",
+        "float8_e5m2": "fp8_e5m2",
+        "bfloat16": "bf16",
+    }.items():
         assert framework.api.quantize(x, framework.dtype(name)).spec == PRESETS[preset]
     with pytest.raises(ValueError, match="spec is 'float64'; allowed: int8"):
         framework.api.quantize(x, framework.dtype("float64"))

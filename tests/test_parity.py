@@ -1,4 +1,4 @@
-"""The same bits in torch and JAX, at every CPU level, for any number of threads, and with subnormals flushed by the host."""
+"""The same bits in torch and JAX, at every CPU level and thread count, whatever the host does to subnormals."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from frontends import Core, bits
 from matrix import CASES, Case
-from test_forward import assert_same
-
 from quark_kernels import PRESETS, PerGroup, PerTensor, PerToken, QuantSpec, _core
+from test_forward import assert_same
 
 HERE = Path(__file__).parent
 
@@ -53,7 +52,9 @@ LEVELS = [name for name, works in _core.cpu_levels() if works]
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_cpu_level(level: str) -> None:
     """Each level in a process of its own; all must give what this process's level does."""
-    code = "import test_parity as t; from quark_kernels import info; print(info()['cpu_level'], t.digest_of_the_matrix())"
+    code = (
+        "import test_parity as t; from quark_kernels import info; print(info()['cpu_level'], t.digest_of_the_matrix())"
+    )
     done = run_python(code, QUARK_CPU_LEVEL=level)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [level, digest_of_the_matrix()]
@@ -99,7 +100,7 @@ SUBNORMAL = np.array([[1e-40, -3e-41, 2.0**-149, 0.0], [1e-38, 5e-39, -1e-39, 2.
 
 @pytest.mark.parametrize("name", [n for n, s in PRESETS.items() if not s.element.is_cast])
 def test_subnormals_under_jit(name: str, jax_frontend: Any) -> None:
-    """XLA runs custom calls with subnormals flushed to zero; ours must not notice. Compared in NumPy: jnp flushes too."""
+    """XLA runs custom calls with subnormals flushed; ours must not notice. Compared in NumPy: jnp flushes too."""
     import jax
 
     api = jax_frontend.api

@@ -12,9 +12,8 @@ from frontends import bits
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from matrix import Case, numpy_dtype
-from test_forward import assert_same
-
 from quark_kernels import FORMATS, ROUNDINGS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+from test_forward import assert_same
 
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -29,7 +28,11 @@ def cases(draw: st.DrawFn) -> Case:
     granularities: list[Any] = [st.just(PerTensor())]
     if not row.is_cast and rank > 0:
         axes = st.integers(-rank, rank - 1)
-        granularities += [st.builds(PerChannel, axes), st.builds(PerGroup, st.integers(1, 40), axes), st.just(PerToken())]
+        granularities += [
+            st.builds(PerChannel, axes),
+            st.builds(PerGroup, st.integers(1, 40), axes),
+            st.just(PerToken()),
+        ]
     if not row.is_cast and rank > 1:
         granularities.append(st.builds(PerBlock, st.tuples(st.integers(1, 9), st.integers(1, 9))))
     integer = row.is_integer

@@ -99,7 +99,7 @@ std::vector<FormatRow> format_rows() {
 
 NB_MODULE(_core, m) {
   m.doc() = "The compiled core of quark-kernels. Its functions write into tensors that the caller allocates.";
-  m.attr("__version__") = QUARK_VERSION;
+  m.attr("VERSION") = QUARK_VERSION;
 #define QUARK_OP(name, ins, outs) bind<Op::name>(m);
 #include "../ops.inc"
 #undef QUARK_OP

@@ -10,6 +10,7 @@ from quark_kernels import (
     QuantSpec,
     __version__,
 )
+
 from quark_jax.functions import choose_qparams, dequantize, fake_quantize, pack, quantize, unpack
 from quark_jax.qtensor import QTensor
 

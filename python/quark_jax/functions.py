@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from quark_jax.primitives import call
-from quark_jax.qtensor import QTensor
 from quark_kernels import schema
 from quark_kernels.schema import OpSpec, Shape
 from quark_kernels.spec import QuantSpec, as_spec, one_of
+
+from quark_jax.primitives import call
+from quark_jax.qtensor import QTensor
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ def _dtype_name(spec: Any) -> str | None:
     if isinstance(spec, (str, QuantSpec)):
         return None
     try:
-        return np.dtype(spec).name
+        return str(np.dtype(spec).name)
     except TypeError:
         return None
 
@@ -78,6 +78,10 @@ def _scales(spec: QuantSpec, shape: Shape, scale: Any, zero_point: Any) -> tuple
     return scale.astype(np.float32), zero_point
 
 
+def _part(a: jax.Array) -> schema.Part:
+    return schema.Part(a.shape, a.dtype.name)
+
+
 def _public(a: jax.Array, spec: QuantSpec, shape: Shape) -> jax.Array:
     """A scale or zero point in the shape that users see."""
     return a.reshape(schema.public_scale_shape(spec, shape))
@@ -98,8 +102,9 @@ def quantize(
 ) -> QTensor:
     """Quantize ``x``: codes ``R(x / scale) + zero_point``, clamped to the format's range.
 
-    The quotient is a float32 division whatever ``x.dtype``; float64 is rounded to float32 first. NaN becomes the format's
-    NaN, or the code of zero where it has none; infinities saturate. Its gradient is zero (``fake_quantize`` has one).
+    The quotient is a float32 division whatever ``x.dtype``; float64 is rounded to float32 first. NaN becomes the
+    format's NaN, or the code of zero where it has none; infinities saturate. Its gradient is zero (``fake_quantize``
+    has one).
     Arguments other than arrays are static under ``jit``.
 
     Args:
@@ -118,6 +123,7 @@ def quantize(
     Raises:
         TypeError: a wrong kind of array or dtype.
         ValueError: a wrong name, shape, axis, size or combination.
+
     """
     x = _check_data("x", x)
     _check_spec(spec)
@@ -149,6 +155,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     Raises:
         TypeError: not a QTensor, or another dtype.
         ValueError: the parts of ``q`` don't fit together.
+
     """
     if not isinstance(q, QTensor):
         raise TypeError(f"q is a {type(q).__module__}.{type(q).__name__}; allowed: a quark_jax.QTensor")
@@ -157,14 +164,14 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     except TypeError:
         raise TypeError(f"dtype is {dtype!r}; allowed: a dtype or None") from None
     schema.expect_float("dtype", name)
-    if name == "float64" and not jax.config.jax_enable_x64:
+    if name == "float64" and jax.dtypes.canonicalize_dtype(name).name != name:
         raise TypeError("dtype is float64; JAX has it only with jax_enable_x64")
     whole, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
-    arrays = [q.qvalue, q.scale, q.zero_point]
-    parts = [None if a is None else schema.Part(a.shape, a.dtype.name) for a in arrays]
-    normal = schema.check_parts(whole, op_spec, tuple(q.shape), *parts)
+    zero_part = None if q.zero_point is None else _part(q.zero_point)
+    normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
     zero = None if q.zero_point is None else q.zero_point.reshape(normal)
-    return _dequantize(q.qvalue, q.scale.reshape(normal), zero, op_spec)
+    numbers: jax.Array = _dequantize(q.qvalue, q.scale.reshape(normal), zero, op_spec)
+    return numbers
 
 
 def fake_quantize(
@@ -186,7 +193,8 @@ def fake_quantize(
         zero_point: as for ``quantize``.
         axis: as for ``quantize``.
         group_size: as for ``quantize``.
-        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through; ``"ste"``: always passed through.
+        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through; ``"ste"``: always passed
+            through.
 
     Returns:
         An array of x's shape and dtype.
@@ -194,13 +202,15 @@ def fake_quantize(
     Raises:
         TypeError: a wrong kind of array or dtype.
         ValueError: a wrong name, shape, axis, size or combination.
+
     """
     x = _check_data("x", x)
     _check_spec(spec)
     one_of("gradient", gradient, schema.GRADIENTS)
     whole, op_spec = _plan(spec, axis, group_size, x.shape, False, None)
     s, zero = _scales(whole, x.shape, scale, zero_point) or (None, None)
-    return _fake_quantize(x, s, zero, op_spec, gradient)
+    y: jax.Array = _fake_quantize(x, s, zero, op_spec, gradient)
+    return y
 
 
 def choose_qparams(
@@ -225,6 +235,7 @@ def choose_qparams(
     Raises:
         TypeError: a wrong kind of array or dtype.
         ValueError: a wrong name, axis or size.
+
     """
     x = _check_data("x", x)
     _check_spec(spec)
@@ -248,10 +259,12 @@ def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     Raises:
         TypeError: another dtype.
         ValueError: bits or axis out of range.
+
     """
     codes = _check_bytes("codes", codes)
     axis = schema.normal_axis(axis, codes.ndim)
-    return _along_last("pack", codes, axis, schema.codes_spec(bits, length=codes.shape[axis]))
+    packed: jax.Array = _along_last("pack", codes, axis, schema.codes_spec(bits, length=codes.shape[axis]))
+    return packed
 
 
 def unpack(packed: jax.Array, bits: int, axis: int = -1, *, signed: bool) -> jax.Array:
@@ -269,12 +282,14 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1, *, signed: bool) -> jax
     Raises:
         TypeError: another dtype.
         ValueError: bits or axis out of range.
+
     """
     packed = _check_bytes("packed", packed)
     axis = schema.normal_axis(axis, packed.ndim)
     schema.codes_spec(bits)  # bits must be right before it divides
     spec = schema.codes_spec(bits, signed=signed, length=schema.unpacked_length(packed.shape[axis], bits))
-    return _along_last("unpack", packed, axis, spec)
+    codes: jax.Array = _along_last("unpack", packed, axis, spec)
+    return codes
 
 
 def _check_bytes(name: str, x: object) -> jax.Array:

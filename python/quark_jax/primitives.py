@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-
 from quark_kernels import _core, ffi_api
 from quark_kernels.schema import OPS, OpSpec, logical_shape, outputs
 

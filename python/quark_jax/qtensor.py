@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from quark_kernels.qtensor import QTensorBase
 from quark_kernels.spec import QuantSpec
 

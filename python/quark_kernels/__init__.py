@@ -4,10 +4,12 @@ This package holds what both frontends share and imports neither framework. Use 
 """
 
 from quark_kernels import interop
-from quark_kernels._core import __version__
+from quark_kernels._core import VERSION
 from quark_kernels.formats import FORMATS, ROUNDINGS, ElementFormat
 from quark_kernels.info import info
 from quark_kernels.spec import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+
+__version__: str = VERSION
 
 __all__ = [
     "FORMATS",

@@ -26,9 +26,9 @@ def _cpu_level() -> str:
 def info() -> dict[str, Any]:
     """Return versions, CPU levels, GPU builds and, for each backend that is unavailable, the reason.
 
-    Imports neither torch nor JAX. Keys: ``version``; ``cpu_level`` (in use) and ``cpu_levels`` (compiled, and whether this
-    machine has them); ``cuda`` and ``hip`` (what was compiled, or why nothing); ``torch``, ``jax``, ``jaxlib`` (versions
-    found, or None); ``xla_ffi_api`` (of the build and of the runtime); ``unavailable`` (backend: reason).
+    Imports neither torch nor JAX. Keys: ``version``; ``cpu_level`` (in use) and ``cpu_levels`` (compiled, and whether
+    this machine has them); ``cuda`` and ``hip`` (what was compiled, or why nothing); ``torch``, ``jax``, ``jaxlib``
+    (versions found, or None); ``xla_ffi_api`` (of the build and of the runtime); ``unavailable`` (backend: reason).
     """
     packages = {name: _version(name) for name in ("torch", "jax", "jaxlib")}
     gpu = dict(_core.gpu_builds())
@@ -41,7 +41,7 @@ def info() -> dict[str, Any]:
         unavailable["jax"] = reason
     runtime = ffi_api.runtime_api()
     return {
-        "version": _core.__version__,
+        "version": _core.VERSION,
         "cpu_level": _cpu_level(),
         "cpu_levels": {name: "supported" if works else "not on this machine" for name, works in _core.cpu_levels()},
         "cuda": gpu["CUDA"],

@@ -1,7 +1,7 @@
 """Tensors between the frameworks through DLPack, without a copy wherever that is possible.
 
-A zero-copy result shares memory with its source: writing into the torch tensor changes the JAX array, which JAX takes to
-be immutable. Pass ``copy=True`` where either side will be written to.
+A zero-copy result shares memory with its source: writing into the torch tensor changes the JAX array, which JAX takes
+to be immutable. Pass ``copy=True`` where either side will be written to.
 """
 
 from __future__ import annotations
@@ -29,22 +29,21 @@ def to_jax(x: Any, copy: bool | None = None) -> Any:
 
     Raises:
         TypeError: something else is in ``x``.
-        ValueError: a tensor has a dtype that JAX doesn't have; or, with ``copy=False``, needs a copy. The message says why:
-            strided, not 64-byte aligned, requires_grad, a view with the conjugate or negative bit.
+        ValueError: a tensor has a dtype that JAX doesn't have; or, with ``copy=False``, needs a copy. The message says
+            why: strided, not 64-byte aligned, requires_grad, a view with the conjugate or negative bit.
+
     """
     import jax
-    import torch
-
     import quark_jax
     import quark_torch
+    import torch
 
     _check_copy(copy)
 
     def leaf(value: Any) -> Any:
         if isinstance(value, quark_torch.QTensor):
-            arrays = [None if a is None else _tensor_to_jax(a, copy) for a in _arrays(value)]
             dtype = jax.numpy.dtype(str(value.dtype).removeprefix("torch."))
-            return quark_jax.QTensor(*arrays, value.spec, value.shape, dtype, value.packed)
+            return quark_jax.QTensor(**_parts(value, lambda a: _tensor_to_jax(a, copy), dtype))
         if isinstance(value, torch.Tensor):
             return _tensor_to_jax(value, copy)
         if isinstance(value, (jax.Array, int, float, complex)):
@@ -67,20 +66,19 @@ def to_torch(x: Any, copy: bool | None = None) -> Any:
     Raises:
         TypeError: something else is in ``x``, such as a tracer: inside ``jit`` there are no values to share.
         ValueError: an array has a dtype that torch doesn't have; or, with ``copy=False``, needs a copy (it is sharded).
+
     """
     import jax
-    import torch
-
     import quark_jax
     import quark_torch
+    import torch
 
     _check_copy(copy)
 
     def leaf(value: Any) -> Any:
         if isinstance(value, quark_jax.QTensor):
-            arrays = [None if a is None else _array_to_torch(a, copy) for a in _arrays(value)]
             dtype = getattr(torch, value.dtype.name)
-            return quark_torch.QTensor(*arrays, value.spec, value.shape, dtype, value.packed)
+            return quark_torch.QTensor(**_parts(value, lambda a: _array_to_torch(a, copy), dtype))
         if isinstance(value, jax.core.Tracer):
             raise TypeError("x holds a tracer; inside jit there is no value to share, call to_torch outside")
         if isinstance(value, jax.Array):
@@ -101,7 +99,9 @@ def _check_copy(copy: object) -> None:
 
 
 def _unknown(value: object, allowed: str) -> TypeError:
-    return TypeError(f"x holds a {type(value).__module__}.{type(value).__name__}; allowed: {allowed} and pytrees of them")
+    return TypeError(
+        f"x holds a {type(value).__module__}.{type(value).__name__}; allowed: {allowed} and pytrees of them"
+    )
 
 
 def _map(leaf: Callable[[Any], Any], tree: Any, leaves: tuple[type, ...]) -> Any:
@@ -110,8 +110,11 @@ def _map(leaf: Callable[[Any], Any], tree: Any, leaves: tuple[type, ...]) -> Any
     return jax.tree.map(leaf, tree, is_leaf=lambda value: isinstance(value, leaves))
 
 
-def _arrays(q: Any) -> list[Any]:
-    return [getattr(q, name) for name in q.ARRAYS]
+def _parts(q: Any, convert: Callable[[Any], Any], dtype: Any) -> dict[str, Any]:
+    """A QTensor's fields with its arrays converted."""
+    arrays = {name: getattr(q, name) for name in q.ARRAYS}
+    converted = {name: None if a is None else convert(a) for name, a in arrays.items()}
+    return {**converted, "spec": q.spec, "shape": q.shape, "dtype": dtype, "packed": q.packed}
 
 
 def _reason_to_copy(t: torch.Tensor) -> str | None:
@@ -134,7 +137,7 @@ def _tensor_to_jax(t: torch.Tensor, copy: bool | None) -> jax.Array:
     if t.layout != torch.strided:
         raise TypeError(f"x has layout {t.layout}; allowed: torch.strided (dense)")
     name = str(t.dtype).removeprefix("torch.")
-    if name.endswith("64") and name != "complex64" and not jax.config.jax_enable_x64:
+    if name.endswith("64") and name != "complex64" and jax.dtypes.canonicalize_dtype(name).name != name:
         raise ValueError(f"x is {name}; JAX has no such dtype unless jax_enable_x64 is set")
     if not hasattr(jax.numpy, "bool_" if name == "bool" else name):
         raise ValueError(f"x is {name}; JAX has no such dtype")
@@ -143,7 +146,8 @@ def _tensor_to_jax(t: torch.Tensor, copy: bool | None) -> jax.Array:
         raise ValueError(f"copy is False, but x can't be shared: {reason}; allowed: copy=None or copy=True")
     if copy or reason is not None:
         t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-    return jax.dlpack.from_dlpack(t)
+    shared: jax.Array = jax.dlpack.from_dlpack(t)
+    return shared
 
 
 def _array_to_torch(a: jax.Array, copy: bool | None) -> torch.Tensor:
@@ -159,7 +163,9 @@ def _array_to_torch(a: jax.Array, copy: bool | None) -> torch.Tensor:
     devices = a.sharding.device_set
     if len(devices) > 1:
         if copy is False:
-            raise ValueError(f"copy is False, but x is sharded over {len(devices)} devices; allowed: copy=None or copy=True")
-        a = jax.device_put(a, min(devices, key=lambda device: device.id))
-    t = torch.from_dlpack(a)
+            raise ValueError(
+                f"copy is False, but x is sharded over {len(devices)} devices; allowed: copy=None or copy=True"
+            )
+        a = jax.device_put(a, next(iter(sorted(devices, key=str))))
+    t = torch.utils.dlpack.from_dlpack(a)
     return t.clone() if copy else t

@@ -21,6 +21,7 @@ class QTensorBase:
         shape: of the original tensor.
         dtype: of the original tensor, which ``dequantize`` returns by default.
         packed: whether ``qvalue`` is packed.
+
     """
 
     qvalue: Any

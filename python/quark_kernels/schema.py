@@ -2,7 +2,8 @@
 
 This is the one home of those rules; both frontends read them here, and the core checks them again.
 
-Normal form: a scale has the rank of x, and ``block[d]`` says how many neighbours along axis d share one, 0 = the whole axis.
+Normal form: a scale has the rank of x, and ``block[d]`` says how many neighbours along axis d share one, 0 = the whole
+axis.
 Per tensor (0, 0), channel 0 (1, 0), group 128 along the last axis (1, 128), tiles (rows, columns).
 """
 

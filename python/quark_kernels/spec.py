@@ -77,8 +77,8 @@ def one_of(name: str, value: object, allowed: Any) -> None:
 class QuantSpec:
     """A quantization, as one hashable value.
 
-    ``str(spec)`` is short and canonical, and ``QuantSpec.parse`` reads it back; ``to_json`` and ``from_json`` do the same
-    with plain dictionaries.
+    ``str(spec)`` is short and canonical, and ``QuantSpec.parse`` reads it back; ``to_json`` and ``from_json`` do the
+    same with plain dictionaries.
 
     Args:
         format: name of the number format, a key of ``quark_kernels.FORMATS``.
@@ -93,6 +93,7 @@ class QuantSpec:
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an unknown name, a range outside the format's, or a combination that has no meaning.
+
     """
 
     format: str
@@ -120,7 +121,9 @@ class QuantSpec:
             raise TypeError(f"symmetric is {self.symmetric!r}; allowed: True or False")
         row = self.element
         if row.is_cast and (self.granularity != PerTensor() or self.rounding != "half_even"):
-            raise ValueError(f"{self.format} is a cast: it has no scales and rounds half_even; use QuantSpec({self.format!r})")
+            raise ValueError(
+                f"{self.format} is a cast: it has no scales and rounds half_even; use QuantSpec({self.format!r})"
+            )
         if not row.is_integer and not self.symmetric:
             raise ValueError(f"symmetric is False; {self.format} has no zero point, only integer formats have one")
         self._check_range(row)
@@ -240,7 +243,8 @@ class QuantSpec:
                 return replace(self, granularity=PerGroup(group_size, -1 if axis is None else axis))
             case PerGroup(size, own):
                 return replace(
-                    self, granularity=PerGroup(size if group_size is None else group_size, own if axis is None else axis)
+                    self,
+                    granularity=PerGroup(size if group_size is None else group_size, own if axis is None else axis),
                 )
             case PerChannel() if group_size is None and axis is not None:
                 return replace(self, granularity=PerChannel(axis))

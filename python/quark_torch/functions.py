@@ -6,11 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
-
 from quark_kernels import schema
 from quark_kernels.schema import OpSpec
 from quark_kernels.spec import QuantSpec, as_spec, one_of
+from torch.autograd import forward_ad
+
 from quark_torch.ops import call, call_out, dtype_name
 from quark_torch.qtensor import QTensor
 
@@ -36,7 +36,12 @@ def _check_data(name: str, x: object) -> torch.Tensor:
 
 @lru_cache(4096)
 def _plan(
-    spec: SpecLike, axis: int | None, group_size: int | None, shape: tuple[int, ...], packed: bool | None, dtype: str | None
+    spec: SpecLike,
+    axis: int | None,
+    group_size: int | None,
+    shape: tuple[int, ...],
+    packed: bool | None,
+    dtype: str | None,
 ) -> tuple[QuantSpec, OpSpec]:
     """What a call with these static arguments does; remembered."""
     name = dtype_name(spec) if isinstance(spec, torch.dtype) else None
@@ -70,10 +75,12 @@ def _scales(
             raise ValueError(f"{name} is on {t.device}; x is on {x.device}, allowed: the same device")
     scale = scale.reshape(schema.scale_argument_shape("scale", tuple(scale.shape), spec, shape)).float()
     if zero_point is not None:
-        zero_point = zero_point.reshape(
-            schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, shape)
-        )
+        zero_point = zero_point.reshape(schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, shape))
     return scale, zero_point
+
+
+def _part(t: torch.Tensor) -> schema.Part:
+    return schema.Part(tuple(t.shape), dtype_name(t.dtype))
 
 
 def _public(t: torch.Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> torch.Tensor:
@@ -96,8 +103,8 @@ def quantize(
 ) -> QTensor:
     """Quantize ``x``: codes ``R(x / scale) + zero_point``, clamped to the format's range.
 
-    The quotient is a float32 division whatever ``x.dtype``; float64 is rounded to float32 first. NaN becomes the format's
-    NaN, or the code of zero where it has none; infinities saturate. Not differentiable (``fake_quantize`` is).
+    The quotient is a float32 division whatever ``x.dtype``; float64 is rounded to float32 first. NaN becomes the
+    format's NaN, or the code of zero where it has none; infinities saturate. Not differentiable (``fake_quantize`` is).
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
@@ -115,6 +122,7 @@ def quantize(
     Raises:
         TypeError: a wrong kind of tensor or dtype.
         ValueError: a wrong name, shape, axis, size or combination.
+
     """
     x = _check_data("x", x)
     _check_spec(spec)
@@ -147,6 +155,7 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     Raises:
         TypeError: not a QTensor, or another dtype.
         ValueError: the parts of ``q`` don't fit together.
+
     """
     if not isinstance(q, QTensor):
         raise TypeError(f"q is a {type(q).__module__}.{type(q).__name__}; allowed: a quark_torch.QTensor")
@@ -155,9 +164,8 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     name = dtype_name(q.dtype if dtype is None else dtype)
     schema.expect_float("dtype", name)
     whole, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
-    arrays = [q.qvalue, q.scale, q.zero_point]
-    parts = [None if a is None else schema.Part(tuple(a.shape), dtype_name(a.dtype)) for a in arrays]
-    normal = schema.check_parts(whole, op_spec, tuple(q.shape), *parts)
+    zero_part = None if q.zero_point is None else _part(q.zero_point)
+    normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
     scale, zero = q.scale.reshape(normal), None if q.zero_point is None else q.zero_point.reshape(normal)
     if _needs_function(scale):
         return _Dequantize.apply(q.qvalue, scale, zero, op_spec)  # type: ignore[no-any-return,no-untyped-call]
@@ -184,7 +192,8 @@ def fake_quantize(
         zero_point: as for ``quantize``.
         axis: as for ``quantize``.
         group_size: as for ``quantize``.
-        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through; ``"ste"``: always passed through.
+        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through; ``"ste"``: always passed
+            through.
         out: where to write, of x's shape, dtype and device: x itself, or a tensor that doesn't overlap it. No gradient.
 
     Returns:
@@ -193,6 +202,7 @@ def fake_quantize(
     Raises:
         TypeError: a wrong kind of tensor or dtype.
         ValueError: a wrong name, shape, axis, size or combination.
+
     """
     x = _check_data("x", x)
     _check_spec(spec)
@@ -217,7 +227,9 @@ def _fake_quantize_out(x: torch.Tensor, given: Any, op_spec: OpSpec, out: torch.
             f"{dtype_name(x.dtype)} {tuple(x.shape)} on {x.device}"
         )
     if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
-        raise ValueError("out is given and a gradient is recorded; allowed: either, so use torch.no_grad() or leave out= out")
+        raise ValueError(
+            "out is given and a gradient is recorded; allowed: either, so use torch.no_grad() or leave out= out"
+        )
     if given is None:
         s, *z = _choose(x, op_spec)
         given = (s, z[0] if z else None)
@@ -257,6 +269,7 @@ def choose_qparams(
     Raises:
         TypeError: a wrong kind of tensor or dtype.
         ValueError: a wrong name, axis or size.
+
     """
     x = _check_data("x", x)
     _check_spec(spec)
@@ -281,6 +294,7 @@ def pack(codes: torch.Tensor, bits: int, axis: int = -1) -> torch.Tensor:
     Raises:
         TypeError: another dtype.
         ValueError: bits or axis out of range.
+
     """
     codes = _check_bytes("codes", codes)
     moved = codes.movedim(schema.normal_axis(axis, codes.dim()), -1)
@@ -302,6 +316,7 @@ def unpack(packed: torch.Tensor, bits: int, axis: int = -1, *, signed: bool) -> 
     Raises:
         TypeError: another dtype.
         ValueError: bits or axis out of range.
+
     """
     packed = _check_bytes("packed", packed)
     moved = packed.movedim(schema.normal_axis(axis, packed.dim()), -1).view(torch.uint8)

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree
-
 from quark_kernels.qtensor import QTensorBase
 from quark_kernels.spec import QuantSpec
+from torch.utils import _pytree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
