@@ -26,8 +26,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quark_kernels import info
 from tqdm import tqdm
+
+from quark_kernels import info
 
 Call = Callable[[], Any]
 
@@ -133,8 +134,9 @@ class Torch:
     expressions = "torch expression"
 
     def __init__(self, threads: int) -> None:
-        import quark_torch
         import torch
+
+        import quark_torch
 
         torch.set_num_threads(threads)
         self.torch, self.api = torch, quark_torch
@@ -181,6 +183,7 @@ class Jax:
 
     def __init__(self, threads: int) -> None:
         import jax
+
         import quark_jax
 
         self.jax, self.api = jax, quark_jax

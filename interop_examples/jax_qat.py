@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 import quark_jax as qj
 
 Layers = list[dict[str, Any]]  # of {"weight": [out, in], "bias": [out]}; served weights are QTensors

@@ -9,10 +9,11 @@ so the optimizer finds weights that survive it.
 
 from __future__ import annotations
 
-import quark_torch as qt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+import quark_torch as qt
 
 
 def rings(n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import quark_torch as qt
 import torch
-from quark_kernels import interop
 from torch import nn
 from torch.nn import functional
+
+import quark_torch as qt
+from quark_kernels import interop
 
 # Any preset or QuantSpec does; layers may differ. fp4 codes share bytes in pairs, fp8 is the frameworks' own dtype.
 SPECS = {"0": qt.QuantSpec("fp8_e4m3", qt.PerChannel(0)), "2": qt.QuantSpec("fp4", qt.PerGroup(32))}

@@ -6,8 +6,9 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-import frontends
 import pytest
+
+import frontends
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")

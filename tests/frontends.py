@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+
 from matrix import Case, numpy_dtype
 from quark_kernels import QuantSpec, _core
 from quark_kernels.schema import OPS, OpSpec, codes_spec, op_spec, outputs, scale_shape

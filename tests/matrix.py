@@ -12,6 +12,7 @@ from functools import cached_property
 
 import ml_dtypes
 import numpy as np
+
 import reference
 from quark_kernels import PRESETS, ROUNDINGS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 from quark_kernels.schema import block_of, scale_shape

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from quark_kernels import PerBlock, PerChannel, PerGroup, PerToken, QuantSpec, _core
 
 X = np.ones((4, 6), np.float32)

@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
 import reference
 from frontends import bits
 from matrix import numpy_dtype

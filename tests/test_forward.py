@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from frontends import bits, stored_codes
 from matrix import CASES, Case
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import reference
 from frontends import bits
 from matrix import CASES, Case, numpy_dtype

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from quark_kernels import PRESETS, interop
 
 pytest.importorskip("torch")
@@ -13,9 +14,10 @@ pytest.importorskip("jax")
 
 import jax
 import jax.numpy as jnp
+import torch
+
 import quark_jax
 import quark_torch
-import torch
 
 DTYPES = [
     "float32",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import quark_kernels
 from quark_kernels import PRESETS, __main__, demo, ffi_api
 from test_parity import run_python
@@ -173,6 +174,8 @@ def test_pytrees(framework: Any) -> None:
         leaves, tree = _pytree.tree_flatten(q)
         again = _pytree.tree_unflatten(leaves, tree)
         moved = q.to("meta")
+        with pytest.raises(TypeError):
+            q.to(q.dtype)
         assert moved.device.type == "meta"
         assert moved.spec == q.spec
     else:

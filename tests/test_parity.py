@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from frontends import Core, bits
 from matrix import CASES, Case
 from quark_kernels import PRESETS, PerGroup, PerTensor, PerToken, QuantSpec, _core

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
 import reference
 from conftest import make
 from frontends import bits
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from matrix import Case, numpy_dtype
 from quark_kernels import FORMATS, ROUNDINGS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 from test_forward import assert_same

@@ -1,5 +1,7 @@
 """quark-kernels for JAX."""
 
+from quark_jax.functions import choose_qparams, dequantize, fake_quantize, pack, quantize, unpack
+from quark_jax.qtensor import QTensor
 from quark_kernels import (
     PRESETS,
     PerBlock,
@@ -10,9 +12,6 @@ from quark_kernels import (
     QuantSpec,
     __version__,
 )
-
-from quark_jax.functions import choose_qparams, dequantize, fake_quantize, pack, quantize, unpack
-from quark_jax.qtensor import QTensor
 
 __all__ = [
     "PRESETS",

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from quark_kernels import schema
-from quark_kernels.schema import OpSpec, Shape
-from quark_kernels.spec import QuantSpec, as_spec, one_of
 
 from quark_jax.primitives import call
 from quark_jax.qtensor import QTensor
+from quark_kernels import schema
+from quark_kernels.schema import OpSpec, Shape
+from quark_kernels.spec import QuantSpec, as_spec, one_of
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 

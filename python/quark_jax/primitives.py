@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+
 from quark_kernels import _core, ffi_api
 from quark_kernels.schema import OPS, OpSpec, logical_shape, outputs
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from quark_kernels.qtensor import QTensorBase
 from quark_kernels.spec import QuantSpec
 

@@ -119,8 +119,9 @@ class Torch:
 
     def __init__(self) -> None:
         """Imports torch and the frontend; raises what they raise."""
-        import quark_torch
         import torch
+
+        import quark_torch
 
         self._torch: Any = torch
         self.version = str(torch.__version__)
@@ -137,10 +138,17 @@ class Torch:
         return signed.view(f"u{signed.itemsize}")
 
     def timed_fake_quantize(self, x: Tensor, preset: str) -> Callable[[], object]:
-        """Writes into memory that is there already, as the copy does."""
+        """Writes into memory that is there already, on one thread, as the copy does."""
         inputs = self.to_framework(x.bits, x.dtype)
         out = self._torch.empty_like(inputs)
-        return lambda: self.functions.fake_quantize(inputs, preset, out=out)
+
+        def call() -> None:
+            threads = self._torch.get_num_threads()
+            self._torch.set_num_threads(1)
+            self.functions.fake_quantize(inputs, preset, out=out)
+            self._torch.set_num_threads(threads)
+
+        return call
 
 
 class Jax:
@@ -151,6 +159,7 @@ class Jax:
     def __init__(self) -> None:
         """Imports JAX and the frontend; raises what they raise."""
         import jax
+
         import quark_jax
 
         self._jax: Any = jax

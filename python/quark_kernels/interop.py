@@ -34,9 +34,10 @@ def to_jax(x: Any, copy: bool | None = None) -> Any:
 
     """
     import jax
+    import torch
+
     import quark_jax
     import quark_torch
-    import torch
 
     _check_copy(copy)
 
@@ -69,9 +70,10 @@ def to_torch(x: Any, copy: bool | None = None) -> Any:
 
     """
     import jax
+    import torch
+
     import quark_jax
     import quark_torch
-    import torch
 
     _check_copy(copy)
 

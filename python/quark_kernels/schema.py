@@ -9,8 +9,8 @@ Per tensor (0, 0), channel 0 (1, 0), group 128 along the last axis (1, 128), til
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from quark_kernels import _core
@@ -61,10 +61,11 @@ class OpSpec:
     """Logical length of the last axis where codes are packed."""
     dtype: str | None = None
     """Name of the dtype of data outputs; None: that of the data input."""
+    text: str = field(init=False, compare=False, repr=False)
+    """The core's text form, made once."""
 
-    @cached_property
-    def text(self) -> str:
-        """The core's text form."""
+    def __post_init__(self) -> None:
+        """Make the text."""
         words = list(self.words)
         if self.block is not None:
             words.append("block=" + ",".join(map(str, self.block)))
@@ -74,7 +75,7 @@ class OpSpec:
             words.append(f"length={self.length}")
         if self.dtype is not None:
             words.append(f"dtype={self.dtype}")
-        return " ".join(words)
+        object.__setattr__(self, "text", " ".join(words))
 
     def __str__(self) -> str:
         """Return the core's text form."""

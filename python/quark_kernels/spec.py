@@ -260,13 +260,13 @@ def _presets() -> dict[str, QuantSpec]:
 PRESETS: dict[str, QuantSpec] = _presets()
 
 DTYPE_FORMATS = {
-    **{row.storage: row.name for row in FORMATS.values() if row.bits >= 8 and row.name in PRESETS},
+    **{row.storage: row.name for row in reversed(FORMATS.values()) if row.bits >= 8 and row.name in PRESETS},
     **{name: name for name in ("int2", "int3", "int4", "uint2", "uint4")},
     "float4_e2m1fn": "fp4",
     "float6_e2m3fn": "fp6_e2m3",
     "float6_e3m2fn": "fp6_e3m2",
 }
-"""The preset that a framework's dtype stands for, by the dtype's name."""
+"""The preset that a framework's dtype stands for, by name; the first row that is stored in a dtype has it."""
 
 
 def as_spec(spec: object, dtype_name: str | None) -> QuantSpec:

@@ -10,7 +10,6 @@ from quark_kernels import (
     QuantSpec,
     __version__,
 )
-
 from quark_torch.functions import choose_qparams, dequantize, fake_quantize, pack, quantize, unpack
 from quark_torch.qtensor import QTensor
 

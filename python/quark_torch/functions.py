@@ -6,11 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
 from quark_kernels import schema
 from quark_kernels.schema import OpSpec
 from quark_kernels.spec import QuantSpec, as_spec, one_of
-from torch.autograd import forward_ad
-
 from quark_torch.ops import call, call_out, dtype_name
 from quark_torch.qtensor import QTensor
 

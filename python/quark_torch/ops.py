@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.library import Library, register_fake
+
 from quark_kernels import _core
 from quark_kernels.schema import OPS, Op, OpSpec, logical_shape, outputs
-from torch.library import Library, register_fake
 
 NAMESPACE = "quark_kernels"
 OPERATORS = torch.ops.quark_kernels

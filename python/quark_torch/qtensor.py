@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils import _pytree
+
 from quark_kernels.qtensor import QTensorBase
 from quark_kernels.spec import QuantSpec
-from torch.utils import _pytree
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,6 +39,7 @@ class QTensor(QTensorBase):
 
     def to(self, device: torch.device | str) -> QTensor:
         """Return the same tensor with its arrays on ``device``."""
+        device = torch.device(device)  # a dtype would convert the codes
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
         return replace(self, **{name: a.to(device) for name, a in arrays.items() if a is not None})
 
