@@ -259,14 +259,17 @@ def _presets() -> dict[str, QuantSpec]:
 
 PRESETS: dict[str, QuantSpec] = _presets()
 
-DTYPE_FORMATS = {
-    **{row.storage: row.name for row in reversed(FORMATS.values()) if row.bits >= 8 and row.name in PRESETS},
-    **{name: name for name in ("int2", "int3", "int4", "uint2", "uint4")},
-    "float4_e2m1fn": "fp4",
-    "float6_e2m3fn": "fp6_e2m3",
-    "float6_e3m2fn": "fp6_e3m2",
-}
-"""The preset that a framework's dtype stands for, by name; the first row that is stored in a dtype has it."""
+def _dtype_formats() -> dict[str, str]:
+    formats: dict[str, str] = {}
+    for row in FORMATS.values():
+        if row.bits >= 8 and row.name in PRESETS:
+            formats.setdefault(row.storage, row.name)  # the first row that is stored in a dtype has it
+    formats |= {name: name for name in ("int2", "int3", "int4", "uint2", "uint4")}
+    return formats | {"float4_e2m1fn": "fp4", "float6_e2m3fn": "fp6_e2m3", "float6_e3m2fn": "fp6_e3m2"}
+
+
+DTYPE_FORMATS: dict[str, str] = _dtype_formats()
+"""The preset that a framework's dtype stands for, by name."""
 
 
 def as_spec(spec: object, dtype_name: str | None) -> QuantSpec:
