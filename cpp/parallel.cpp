@@ -11,22 +11,16 @@ namespace quark {
 
 // ---- float environment --------------------------------------------------------------------------------------------
 
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__x86_64__)
 namespace {
-constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040, kRoundingMode = 0x6000;
+constexpr unsigned kDefault = 0x1f80;  // all exceptions masked, nearest even, no flushing to zero
 }
-FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) {
-  _mm_setcsr(unsigned(saved_) & ~(kFlushToZero | kDenormalsAreZero | kRoundingMode));
-}
+FloatEnvironment::FloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(kDefault); }
 FloatEnvironment::~FloatEnvironment() { _mm_setcsr(unsigned(saved_)); }
 #elif defined(__aarch64__)
-namespace {
-constexpr uint64_t kFlushToZero = 1u << 24, kFlushHalfToZero = 1u << 19, kRoundingMode = 3u << 22;
-}
 FloatEnvironment::FloatEnvironment() {
   asm volatile("mrs %0, fpcr" : "=r"(saved_));
-  const uint64_t plain = saved_ & ~(kFlushToZero | kFlushHalfToZero | kRoundingMode);
-  asm volatile("msr fpcr, %0" : : "r"(plain));
+  asm volatile("msr fpcr, %0" : : "r"(uint64_t(0)));  // the default: no traps, nearest even, no flushing to zero
 }
 FloatEnvironment::~FloatEnvironment() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
 #else

@@ -2,14 +2,14 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
 
 namespace quark {
 
-/// Round to nearest even, subnormals honoured, for as long as this object lives; then as it was. The environment is
-/// the host's, not ours: XLA runs its custom calls with subnormals flushed to zero, and torch can be told to.
+/// Round to nearest even, subnormals honoured, no traps, for as long as this object lives; then as it was. The
+/// environment is the host's, not ours: XLA runs its custom calls with subnormals flushed, and torch can be told to.
 class FloatEnvironment {
  public:
   FloatEnvironment();

@@ -3,8 +3,6 @@
 #include <charconv>
 #include <cmath>
 #include <iterator>
-#include <mutex>
-#include <shared_mutex>
 #include <string>
 #include <unordered_map>
 
@@ -24,7 +22,7 @@ constexpr const char* kRoundingNames[] = {
 #undef QUARK_ROUNDING
 };
 
-std::string quoted(std::string_view text) { return "'" + std::string(text) + "'"; }
+std::string quoted(std::string_view text) { return std::string("'").append(text).append("'"); }
 
 template <class T>
 bool parse_number(std::string_view text, T& value) {
@@ -148,18 +146,14 @@ Status cached_spec(std::string_view text, QuantSpec& spec) {
   struct Hash : std::hash<std::string_view> {
     using is_transparent = void;
   };
-  static std::unordered_map<std::string, QuantSpec, Hash, std::equal_to<>> cache;
-  static std::shared_mutex mutex;
-  constexpr size_t kMost = 4096;  // dynamic shapes make ever new lengths
-  {
-    const std::shared_lock lock(mutex);
-    if (const auto found = cache.find(text); found != cache.end()) {
-      spec = found->second;
-      return {};
-    }
+  // Of this thread: no lock to wait for, or to be left locked in a forked child.
+  thread_local std::unordered_map<std::string, QuantSpec, Hash, std::equal_to<>> cache;
+  constexpr size_t kMost = 1024;  // dynamic shapes make ever new lengths
+  if (const auto found = cache.find(text); found != cache.end()) {
+    spec = found->second;
+    return {};
   }
   if (Status status = parse_spec(text, spec); !status.ok()) return status;
-  const std::unique_lock lock(mutex);
   if (cache.size() >= kMost) cache.clear();
   cache.emplace(text, spec);
   return {};

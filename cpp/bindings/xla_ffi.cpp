@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -87,8 +88,7 @@ Status view_of(const ffi::AnyBuffer& buffer, TensorView& view) {
 
 constexpr size_t kMostTensors = 8;
 
-template <Op op>
-ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
+ffi::Error handle(Op op, ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
                   std::string_view text) {
   QuantSpec spec;
   if (Status status = cached_spec(text, spec); !status.ok()) return error_of(status);
@@ -109,6 +109,17 @@ ffi::Error handle(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remai
   return error_of(run(op, Tensors(in, arguments.size()), Tensors(out, results.size()), spec, executor));
 }
 
+/// Nothing may be thrown into XLA.
+template <Op op>
+ffi::Error handle_safely(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
+                         std::string_view text) {
+  try {
+    return handle(op, pool, arguments, results, text);
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(kOps[int(op)].name) + ": " + error.what());
+  }
+}
+
 template <Op op>
 XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
   static const auto* bound = ffi::Ffi::Bind()
@@ -116,7 +127,7 @@ XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
                                  .RemainingArgs()
                                  .RemainingRets()
                                  .Attr<std::string_view>("spec")
-                                 .To(handle<op>)
+                                 .To(handle_safely<op>)
                                  .release();
   return bound->Call(frame);
 }

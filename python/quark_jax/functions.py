@@ -135,8 +135,7 @@ def quantize(
     else:
         s, zero = given
         q = _quantize(x, s, zero, op_spec)
-        zero = None if zero is None else zero.astype(np.int32)
-    zero = None if zero is None else _public(zero, whole, x.shape)
+    zero = None if zero is None else _public(zero, whole, x.shape).astype(np.int32)
     return QTensor(q, _public(s, whole, x.shape), zero, None, None, whole, x.shape, x.dtype, op_spec.packed)
 
 

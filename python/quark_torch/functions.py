@@ -134,9 +134,8 @@ def quantize(
         zero = z[0] if z else None
     else:
         s, zero = given
-        q = call("quantize", [x.detach(), s, zero], op_spec)
-        zero = None if zero is None else _public(zero, whole, shape).to(torch.int32)
-    zero = None if zero is None else _public(zero, whole, shape)
+        q = call("quantize", [x.detach(), s.detach(), zero], op_spec)
+    zero = None if zero is None else _public(zero, whole, shape).to(torch.int32)
     return QTensor(q, _public(s, whole, shape), zero, None, None, whole, shape, x.dtype, op_spec.packed)
 
 
