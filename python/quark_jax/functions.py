@@ -5,7 +5,7 @@ Public functions resolve the static arguments, then enter one jitted function ea
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,16 +35,6 @@ def _check_data(name: str, x: object) -> jax.Array:
     return x
 
 
-@lru_cache(4096)
-def _plan(
-    spec: Any, axis: int | None, group_size: int | None, shape: Shape, packed: bool | None, dtype: str | None
-) -> tuple[QuantSpec, OpSpec]:
-    """What a call with these static arguments does; remembered."""
-    whole = as_spec(spec, _dtype_name(spec)).along(axis, group_size)
-    use_packed = packed is not False and schema.use_packed(whole, packed)
-    return whole, schema.op_spec(whole, shape, use_packed, dtype)
-
-
 def _dtype_name(spec: Any) -> str | None:
     if isinstance(spec, (str, QuantSpec)):
         return None
@@ -54,9 +44,8 @@ def _dtype_name(spec: Any) -> str | None:
         return None
 
 
-def _check_spec(spec: object) -> None:
-    if not isinstance(spec, (str, QuantSpec)) and (spec is None or _dtype_name(spec) is None):
-        raise TypeError(f"spec is {spec!r}; allowed: a QuantSpec, a preset's name or a dtype")
+def _spec(spec: object) -> QuantSpec:
+    return as_spec(spec, None if spec is None else _dtype_name(spec))
 
 
 def _scales(spec: QuantSpec, shape: Shape, scale: Any, zero_point: Any) -> tuple[jax.Array, jax.Array | None] | None:
@@ -126,8 +115,7 @@ def quantize(
 
     """
     x = _check_data("x", x)
-    _check_spec(spec)
-    whole, op_spec = _plan(spec, axis, group_size, x.shape, packed, None)
+    whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size, packed)
     given = _scales(whole, x.shape, scale, zero_point)
     if given is None:
         q, s, *z = _quantize_dynamic(x, op_spec)
@@ -165,7 +153,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     schema.expect_float("dtype", name)
     if name == "float64" and jax.dtypes.canonicalize_dtype(name).name != name:
         raise TypeError("dtype is float64; JAX has it only with jax_enable_x64")
-    whole, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
+    whole, op_spec = schema.plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
     zero_part = None if q.zero_point is None else _part(q.zero_point)
     normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
     zero = None if q.zero_point is None else q.zero_point.reshape(normal)
@@ -204,9 +192,8 @@ def fake_quantize(
 
     """
     x = _check_data("x", x)
-    _check_spec(spec)
     one_of("gradient", gradient, schema.GRADIENTS)
-    whole, op_spec = _plan(spec, axis, group_size, x.shape, False, None)
+    whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
     s, zero = _scales(whole, x.shape, scale, zero_point) or (None, None)
     y: jax.Array = _fake_quantize(x, s, zero, op_spec, gradient)
     return y
@@ -237,9 +224,8 @@ def choose_qparams(
 
     """
     x = _check_data("x", x)
-    _check_spec(spec)
     one_of("method", method, schema.METHODS)
-    whole, op_spec = _plan(spec, axis, group_size, x.shape, False, None)
+    whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
     s, *z = [_public(a, whole, x.shape) for a in _choose_qparams(x, op_spec)]
     return s, z[0] if z else None
 

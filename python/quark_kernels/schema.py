@@ -132,6 +132,20 @@ def op_spec(spec: QuantSpec, shape: Shape, packed: bool = False, dtype: str | No
     )
 
 
+@lru_cache(4096)
+def plan(
+    spec: QuantSpec,
+    shape: Shape,
+    axis: int | None = None,
+    group_size: int | None = None,
+    packed: bool | None = False,
+    dtype: str | None = None,
+) -> tuple[QuantSpec, OpSpec]:
+    """Return what a call with these static arguments does: the spec with its granularity, and the core's spec."""
+    whole = spec.along(axis, group_size)
+    return whole, op_spec(whole, shape, use_packed(whole, packed), dtype)
+
+
 @lru_cache(256)
 def codes_spec(bits: int, *, signed: bool = False, length: int | None = None) -> OpSpec:
     """Return the OpSpec of pack and unpack: bare codes of a width."""

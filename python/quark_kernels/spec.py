@@ -259,6 +259,7 @@ def _presets() -> dict[str, QuantSpec]:
 
 PRESETS: dict[str, QuantSpec] = _presets()
 
+
 def _dtype_formats() -> dict[str, str]:
     formats: dict[str, str] = {}
     for row in FORMATS.values():

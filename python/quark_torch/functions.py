@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,25 +33,8 @@ def _check_data(name: str, x: object) -> torch.Tensor:
     return x
 
 
-@lru_cache(4096)
-def _plan(
-    spec: SpecLike,
-    axis: int | None,
-    group_size: int | None,
-    shape: tuple[int, ...],
-    packed: bool | None,
-    dtype: str | None,
-) -> tuple[QuantSpec, OpSpec]:
-    """What a call with these static arguments does; remembered."""
-    name = dtype_name(spec) if isinstance(spec, torch.dtype) else None
-    whole = as_spec(spec, name).along(axis, group_size)
-    use_packed = packed is not False and schema.use_packed(whole, packed)
-    return whole, schema.op_spec(whole, shape, use_packed, dtype)
-
-
-def _check_spec(spec: object) -> None:
-    if not isinstance(spec, (str, torch.dtype, QuantSpec)):
-        raise TypeError(f"spec is {spec!r}; allowed: a QuantSpec, a preset's name or a torch.dtype")
+def _spec(spec: object) -> QuantSpec:
+    return as_spec(spec, dtype_name(spec) if isinstance(spec, torch.dtype) else None)
 
 
 def _scales(
@@ -125,9 +107,8 @@ def quantize(
 
     """
     x = _check_data("x", x)
-    _check_spec(spec)
     shape = tuple(x.shape)
-    whole, op_spec = _plan(spec, axis, group_size, shape, packed, None)
+    whole, op_spec = schema.plan(_spec(spec), shape, axis, group_size, packed)
     given = _scales(whole, x, scale, zero_point)
     if given is None:
         q, s, *z = call("quantize_dynamic", [x.detach()], op_spec)
@@ -162,7 +143,7 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         raise TypeError(f"dtype is {dtype!r}; allowed: a torch.dtype or None")
     name = dtype_name(q.dtype if dtype is None else dtype)
     schema.expect_float("dtype", name)
-    whole, op_spec = _plan(q.spec, None, None, tuple(q.shape), q.packed, name)
+    whole, op_spec = schema.plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
     zero_part = None if q.zero_point is None else _part(q.zero_point)
     normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
     scale, zero = q.scale.reshape(normal), None if q.zero_point is None else q.zero_point.reshape(normal)
@@ -204,9 +185,8 @@ def fake_quantize(
 
     """
     x = _check_data("x", x)
-    _check_spec(spec)
     one_of("gradient", gradient, schema.GRADIENTS)
-    whole, op_spec = _plan(spec, axis, group_size, tuple(x.shape), False, None)
+    whole, op_spec = schema.plan(_spec(spec), tuple(x.shape), axis, group_size)
     given = _scales(whole, x, scale, zero_point)
     if out is not None:
         return _fake_quantize_out(x, given, op_spec, out)
@@ -271,10 +251,9 @@ def choose_qparams(
 
     """
     x = _check_data("x", x)
-    _check_spec(spec)
     one_of("method", method, schema.METHODS)
     shape = tuple(x.shape)
-    whole, op_spec = _plan(spec, axis, group_size, shape, False, None)
+    whole, op_spec = schema.plan(_spec(spec), shape, axis, group_size)
     s, *z = [_public(t, whole, shape) for t in _choose(x, op_spec)]
     return s, z[0] if z else None
 

@@ -515,9 +515,17 @@ TEST(sums_at_the_tree_s_edges) {
     c.in.emplace_back(random, DType::float32, Shape{n});
     c.in.emplace_back(random, DType::int8, Shape{n});
     c.out.emplace_back(random, DType::float32, Shape{});
-    // Terms of very different sizes: another order would give another sum.
-    for (int64_t i = 0; i < n; ++i)
-      c.in[0].put(i, std::ldexp(float(random.between(-1000, 1000)), int(random.between(-30, 30))));
+    // Huge terms that cancel and small ones that they swallow: any other order of additions gives another sum.
+    std::vector<float> terms(size_t(n), 1.0f);
+    for (size_t i = 1; i < terms.size(); i += 2) {
+      terms[i] = std::ldexp(float(random.between(1, 1000)), int(random.between(40, 70)));
+      terms[i - 1] = -terms[i];
+    }
+    for (size_t i = terms.size(); i > 1; --i) std::swap(terms[i - 1], terms[size_t(random.between(0, int64_t(i) - 1))]);
+    for (int64_t i = 0; i < n; ++i) {
+      c.in[0].put(i, terms[size_t(i)]);
+      c.in[1].put(i, int8_t(i % 7 == 0 ? 3 : 1));
+    }
     check_case(c, serial, "serial");
   }
 }
