@@ -29,7 +29,7 @@ inline constexpr int kOpCount = int(sizeof(kOps) / sizeof(kOps[0]));
 using Tensors = std::span<const TensorView>;
 
 /// Checks the tensors against the operator's row and the spec, then runs the kernel for their device. Outputs are
-/// written, inputs never; an output may be the very same view as an input, any other overlap is an error.
+/// written, inputs never; a data output may be the very same view as a data input, any other overlap is an error.
 Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor);
 
 /// A kernel behind an operator; what it is given has been checked.

@@ -188,7 +188,7 @@ void for_each_run_of_scale(int64_t index, const int64_t* shape, const QuantSpec&
   for (int d = spec.rank - 1; d >= 0; --d) {
     const int64_t b = spec.block[d] == 0 ? shape[d] : spec.block[d], n = scale_length(shape[d], spec.block[d]);
     from[d] = at[d] = index % n * b;
-    to[d] = min(from[d] + b, shape[d]);
+    to[d] = from[d] + min(b, shape[d] - from[d]);
     index /= n;
     if (from[d] >= to[d]) return;  // an empty axis
   }

@@ -62,6 +62,8 @@ Status codes_format(int bits, bool is_signed, QuantSpec& spec) {
   spec.format = {"codes",      uint8_t(bits),  0,
                  mantissa,     mantissa,       is_signed ? -steps : 0.0f,
                  steps - 1.0f, Specials::none, is_signed ? DType::int8 : DType::uint8};
+  spec.quant_min = spec.format.lo;
+  spec.quant_max = spec.format.hi;
   return {};
 }
 
@@ -137,8 +139,7 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
     if (!good) return value_error("spec: can't read " + quoted(word));
   }
   if (first) return value_error("spec: empty; it must start with a format's name");
-  if (is_codes)
-    if (Status status = codes_format(bits, is_signed, spec); !status.ok()) return status;
+  if (is_codes) return codes_format(bits, is_signed, spec);
   return complete(spec, has_min, has_max);
 }
 

@@ -238,7 +238,7 @@ class TestTorch:
         x = torch.randn(4, 6)
         expected = api.fake_quantize(x, "int8")
         base = torch.zeros(50)
-        with pytest.raises(ValueError, match="overlaps input 0; only the very same tensor may be both"):
+        with pytest.raises(ValueError, match="overlaps input 0; only data may be the very same tensor in and out"):
             api.fake_quantize(base[:24], "int8", out=base[1:25])
         with pytest.raises(
             ValueError, match=r"out is float32 \(6, 4\) on cpu; allowed: like x, float32 \(4, 6\) on cpu"

@@ -145,8 +145,8 @@ inline int run_all(int argc, char** argv) {
 
 }  // namespace check
 
-#define TEST(name)                                                       \
-  static void test_##name();                                             \
+#define TEST(name)                                                        \
+  static void test_##name();                                              \
   static const check::Registration registered_##name(#name, test_##name); \
   static void test_##name()
 

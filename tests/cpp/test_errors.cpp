@@ -60,7 +60,8 @@ TEST(good_specs) {
     CHECK_EQ(spec.quant_min, f.is_integer() ? f.lo : 0.0f);
     CHECK_EQ(spec.quant_max, f.is_integer() ? f.hi : 0.0f);
   }
-  const QuantSpec all = good("int4 block=1,128,0 rounding=half_up min=-7 max=6 asymmetric packed length=300 dtype=bfloat16");
+  const QuantSpec all =
+      good("int4 block=1,128,0 rounding=half_up min=-7 max=6 asymmetric packed length=300 dtype=bfloat16");
   CHECK_EQ(all.rank, 3);
   CHECK_EQ(all.block[0], 1);
   CHECK_EQ(all.block[1], 128);
@@ -71,7 +72,8 @@ TEST(good_specs) {
   CHECK(!all.symmetric);
   CHECK(all.packed);
   CHECK_EQ(all.length, 300);
-  const QuantSpec again = good("int4 dtype=bfloat16 length=300 max=6 packed asymmetric min=-7 rounding=half_up block=1,128,0");
+  const QuantSpec again =
+      good("int4 dtype=bfloat16 length=300 max=6 packed asymmetric min=-7 rounding=half_up block=1,128,0");
   CHECK_EQ(again.block[1], 128);
   CHECK_EQ(again.quant_min, -7.0f);
   CHECK_EQ(good("int8 block=1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,2").rank, quark::kMaxRank);
@@ -188,8 +190,8 @@ Call dynamic_call() {
               {array(DType::int8, {4, 6}), array(DType::float32, {4, 1}), array(DType::int32, {4, 1})});
 }
 Call packed_call() {
-  return Call(Op::dequantize, "int4 block=1,0 packed length=7", {array(DType::uint8, {4, 4}), array(DType::float32, {4, 1})},
-              {array(DType::bfloat16, {4, 7})});
+  return Call(Op::dequantize, "int4 block=1,0 packed length=7",
+              {array(DType::uint8, {4, 4}), array(DType::float32, {4, 1})}, {array(DType::bfloat16, {4, 7})});
 }
 
 TEST(good_calls) {
@@ -231,7 +233,8 @@ TEST(wrong_dtypes) {
     (is_output ? c.out : c.in)[at].dtype = dtype;
     c.refused(ErrorKind::type, words);
   };
-  refuse(quantize_call(), false, 0, DType::int32, {"quantize: input 0", "int32", "float32, float16, bfloat16 or float64"});
+  refuse(quantize_call(), false, 0, DType::int32,
+         {"quantize: input 0", "int32", "float32, float16, bfloat16 or float64"});
   refuse(quantize_call(), false, 0, DType::float8_e5m2, {"quantize: input 0", "float8_e5m2", "allowed"});
   refuse(quantize_call(), false, 1, DType::int32, {"quantize: input 1", "int32", "float"});
   refuse(quantize_call(), false, 2, DType::float32, {"quantize: input 2", "float32", "integer"});
@@ -259,7 +262,8 @@ TEST(fp8_codes_may_be_bytes) {
 }
 
 TEST(wrong_shapes) {
-  const auto refuse = [](Call c, bool is_output, size_t at, const Shape& shape, std::initializer_list<const char*> words) {
+  const auto refuse = [](Call c, bool is_output, size_t at, const Shape& shape,
+                         std::initializer_list<const char*> words) {
     Array other = array((is_output ? c.out : c.in)[at].dtype, shape);
     (is_output ? c.out : c.in)[at] = other.view();
     c.refused(ErrorKind::value, words);
@@ -284,7 +288,8 @@ TEST(no_memory) {
   d.out[0].data = nullptr;
   d.refused(ErrorKind::value, {"quantize: output 0", "no memory"});
   // Nothing to read, nothing missing.
-  Call e(Op::quantize, "int8 block=0,0", {array(DType::float32, {0, 3}), array(DType::float32, {})}, {array(DType::int8, {0, 3})});
+  Call e(Op::quantize, "int8 block=0,0", {array(DType::float32, {0, 3}), array(DType::float32, {})},
+         {array(DType::int8, {0, 3})});
   e.in[0].data = e.out[0].data = nullptr;
   CHECK(e.run().ok());
 }
@@ -351,7 +356,8 @@ TEST(impossible_shapes) {
 }
 
 TEST(huge_blocks_are_whole_axes) {
-  Call c(Op::quantize, "int8 block=9223372036854775807", {array(DType::float32, {4}), array(DType::float32, {1})}, {array(DType::int8, {4})});
+  Call c(Op::quantize, "int8 block=9223372036854775807", {array(DType::float32, {4}), array(DType::float32, {1})},
+         {array(DType::int8, {4})});
   CHECK(c.run().ok());
 }
 
@@ -368,7 +374,8 @@ TEST(outputs_that_overlap_themselves) {
   d.out[1].strides[0] = 2;
   d.refused(ErrorKind::value, {"quantize_dynamic: output 1", "contiguous"});
   // An axis of one element has no step, whatever its stride says.
-  Call e(Op::quantize, "int8 block=0,0", {array(DType::float32, {1, 6}), array(DType::float32, {})}, {array(DType::int8, {1, 6})});
+  Call e(Op::quantize, "int8 block=0,0", {array(DType::float32, {1, 6}), array(DType::float32, {})},
+         {array(DType::int8, {1, 6})});
   e.out[0].strides[0] = 0;
   CHECK(e.run().ok());
 }
@@ -402,6 +409,18 @@ TEST(operands_that_overlap) {
     c.out[0] = moved(c.in[0], 7);
     c.out[0].strides[0] = -1;
     c.refused(ErrorKind::value, {"output 0 overlaps input 0"});
+  }
+  {
+    Array all = array(DType::float32, {16});
+    Call c = fake();  // an input backwards from element 7, the output forwards from 4, then from 8
+    c.in[0] = moved(all.view(), 7);
+    c.in[0].shape[0] = 8;
+    c.in[0].strides[0] = -1;
+    c.out[0] = moved(all.view(), 4);
+    c.out[0].shape[0] = 8;
+    c.refused(ErrorKind::value, {"output 0 overlaps input 0"});
+    c.out[0] = moved(c.out[0], 4);
+    CHECK(c.run().ok());
   }
   {
     Call c = fake();  // the same bytes as another dtype
@@ -463,7 +482,8 @@ TEST(results_do_not_depend_on_the_host_s_float_environment) {
     const DType storage = spec.format.storage;
     for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::float64}) {
       const Shape shape = {40, 64}, scales = {1, 8};
-      Array x(random, dtype, shape), y(random, dtype, shape), s(random, DType::float32, scales), q(random, storage, shape);
+      Array x(random, dtype, shape), y(random, dtype, shape), s(random, DType::float32, scales),
+          q(random, storage, shape);
       fill(random, x, false);
       fill(random, y, false);
       fill(random, s, true);
@@ -472,7 +492,8 @@ TEST(results_do_not_depend_on_the_host_s_float_environment) {
       const auto call = [&](Op op, std::vector<Array> in, std::vector<Array> out, bool zero_in, bool zero_out) {
         if (zero_in && !z.empty()) in.push_back(z[0]);
         if (zero_out && !z.empty()) out.push_back(z[0]);
-        const check::Note note([&] { return std::string(quark::kOps[int(op)].name) + " " + text + " " + quark::name_of(dtype); });
+        const check::Note note(
+            [&] { return std::string(quark::kOps[int(op)].name) + " " + text + " " + quark::name_of(dtype); });
         std::vector<Array> plain = out, flushed = out;
         const auto run = [&](std::vector<Array>& results, quark::Executor& executor) {
           const auto inputs = arrays::views(in), outputs = arrays::views(results);

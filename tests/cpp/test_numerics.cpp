@@ -1,12 +1,11 @@
 // The scalar numerics against tables of each format's values and exact double arithmetic.
-#include "numerics.h"
-
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <limits>
 
 #include "check.h"
+#include "numerics.h"
 
 namespace {
 
@@ -96,19 +95,34 @@ bool is_negative(float x) { return std::signbit(x); }
 float nan_of(bool negative) { return float_of(kNaN | (negative ? kSign : 0)); }
 
 template <class F>
-void for_each_rounding(const F& f) {
+void for_each_rounding(const F& f){
 #define QUARK_ROUNDING(name) f.template operator()<Rounding::name>();
-  QUARK_ROUNDINGS(QUARK_ROUNDING)
+    QUARK_ROUNDINGS(QUARK_ROUNDING)
 #undef QUARK_ROUNDING
 }
 
 // ---- inputs -------------------------------------------------------------------------------------------------------
 
 std::vector<float> specials() {
-  std::vector<float> all = {0.0f,  kTiny, 2 * kTiny, 3 * kTiny, float_of(kMinNormal - 1), float_of(kMinNormal),
-                            1e-40f, 0.1f,  1.0f,      1e10f,     0x1p126f,                 0x1p127f,
-                            kLargest, std::nextafter(kLargest, 0.0f), kInf,
-                            float_of(0x7fc00000), float_of(0x7f800001), float_of(0x7fffffff), float_of(0x7fa12345)};
+  std::vector<float> all = {0.0f,
+                            kTiny,
+                            2 * kTiny,
+                            3 * kTiny,
+                            float_of(kMinNormal - 1),
+                            float_of(kMinNormal),
+                            1e-40f,
+                            0.1f,
+                            1.0f,
+                            1e10f,
+                            0x1p126f,
+                            0x1p127f,
+                            kLargest,
+                            std::nextafter(kLargest, 0.0f),
+                            kInf,
+                            float_of(0x7fc00000),
+                            float_of(0x7f800001),
+                            float_of(0x7fffffff),
+                            float_of(0x7fa12345)};
   const size_t n = all.size();
   for (size_t i = 0; i < n; ++i) all.push_back(float_of(bits_of(all[i]) | kSign));
   return all;
@@ -162,14 +176,28 @@ TEST(rows_have_their_documented_largest_values) {
     uint32_t code;
     float value;
   };
-  const Known known[] = {{"fp8_e4m3", 0x7e, 448},          {"fp8_e4m3", 0x08, 0x1p-6f},  {"fp8_e4m3", 0x01, 0x1p-9f},
-                         {"fp8_e5m2", 0x7b, 57344},        {"fp8_e5m2", 0x7c, kInf},     {"fp8_e5m2", 0x01, 0x1p-16f},
-                         {"fp8_e4m3fnuz", 0x7f, 240},      {"fp8_e4m3fnuz", 0x01, 0x1p-10f},
-                         {"fp8_e5m2fnuz", 0x7f, 57344},    {"fp8_e5m2fnuz", 0x01, 0x1p-17f},
-                         {"fp6_e3m2", 0x1f, 28},           {"fp6_e3m2", 0x21, -0.0625f}, {"fp6_e2m3", 0x1f, 7.5f},
-                         {"fp6_e2m3", 0x3f, -7.5f},        {"fp4", 0x1, 0.5f},           {"fp4", 0x2, 1},
-                         {"fp4", 0x3, 1.5f},               {"fp4", 0x5, 3},              {"fp4", 0x7, 6},
-                         {"fp4", 0xf, -6},                 {"fp8_e4m3", 0xc0, -2},       {"fp8_e5m2", 0x3c, 1}};
+  const Known known[] = {{"fp8_e4m3", 0x7e, 448},
+                         {"fp8_e4m3", 0x08, 0x1p-6f},
+                         {"fp8_e4m3", 0x01, 0x1p-9f},
+                         {"fp8_e5m2", 0x7b, 57344},
+                         {"fp8_e5m2", 0x7c, kInf},
+                         {"fp8_e5m2", 0x01, 0x1p-16f},
+                         {"fp8_e4m3fnuz", 0x7f, 240},
+                         {"fp8_e4m3fnuz", 0x01, 0x1p-10f},
+                         {"fp8_e5m2fnuz", 0x7f, 57344},
+                         {"fp8_e5m2fnuz", 0x01, 0x1p-17f},
+                         {"fp6_e3m2", 0x1f, 28},
+                         {"fp6_e3m2", 0x21, -0.0625f},
+                         {"fp6_e2m3", 0x1f, 7.5f},
+                         {"fp6_e2m3", 0x3f, -7.5f},
+                         {"fp4", 0x1, 0.5f},
+                         {"fp4", 0x2, 1},
+                         {"fp4", 0x3, 1.5f},
+                         {"fp4", 0x5, 3},
+                         {"fp4", 0x7, 6},
+                         {"fp4", 0xf, -6},
+                         {"fp8_e4m3", 0xc0, -2},
+                         {"fp8_e5m2", 0x3c, 1}};
   for (const Known& k : known) {
     const QuantSpec spec = spec_of(k.name);
     CHECK_EQ(decode(k.code, make_grid(spec), spec.format.bits), k.value);
@@ -219,9 +247,8 @@ TEST(minifloats_quantize_saturate_and_encode) {
       const bool far = !(std::fabs(v) < 4 * f.hi);
       const Table::Place place = far ? Table::Place{top, 0} : table.find(std::fabs(v));
       for_each_rounding([&]<Rounding R>() {
-        const check::Note input([&] {
-          return quark::rounding_names()[int(R)] + (" of " + check::text_of(x)) + " / " + check::text_of(s);
-        });
+        const check::Note input(
+            [&] { return quark::rounding_names()[int(R)] + (" of " + check::text_of(x)) + " / " + check::text_of(s); });
         const size_t index = Table::round(R, place, negative);
         float want = table.value(table[std::min(index, top)], negative);
         if (std::isnan(v)) {
@@ -361,15 +388,16 @@ void test_integer(const QuantSpec& spec, float z, float x, float s) {
 }
 
 TEST(integers_with_and_without_zero_points) {
-  std::vector<std::string> specs = {"int8 min=-7 max=100", "int16 min=0 max=1", "uint8 min=3 max=250", "int4 min=-8 max=-1 asymmetric",
-                                    "uint16 min=1000 max=65535 asymmetric"};
+  std::vector<std::string> specs = {"int8 min=-7 max=100", "int16 min=0 max=1", "uint8 min=3 max=250",
+                                    "int4 min=-8 max=-1 asymmetric", "uint16 min=1000 max=65535 asymmetric"};
   for (const Format& f : quark::formats())
     if (f.is_integer()) specs.emplace_back(f.name);
   for (int bits = 1; bits <= 8; ++bits) specs.push_back("codes bits=" + std::to_string(bits));
   Random random(4);
   for (const std::string& text : specs) {
     const QuantSpec spec = spec_of(text);
-    std::vector<float> zeros = {0, 1, -1, 2, 7, -128, 255, 65535, 0x1p22f, -0x1p22f, 0x1p23f - 1, 1 - 0x1p23f, 0x1p23f, -0x1p23f};
+    std::vector<float> zeros = {0,     1,       -1,       2,           7,           -128,    255,
+                                65535, 0x1p22f, -0x1p22f, 0x1p23f - 1, 1 - 0x1p23f, 0x1p23f, -0x1p23f};
     for (int i = 0; i < 6; ++i) zeros.push_back(float(random.between(-1 << 23, 1 << 23)));
     for (const float z : zeros) {
       std::vector<float> all = specials();
@@ -377,7 +405,8 @@ TEST(integers_with_and_without_zero_points) {
         for (int k = -20; k <= 20; ++k) push_near(all, end + float(k) / 4);
       for (int i = 0; i < 2000; ++i) {
         all.push_back(float_of(uint32_t(random.bits())));
-        all.push_back(float(random.between(int64_t(4 * (spec.quant_min - z)) - 9, int64_t(4 * (spec.quant_max - z)) + 9)) / 4);
+        all.push_back(
+            float(random.between(int64_t(4 * (spec.quant_min - z)) - 9, int64_t(4 * (spec.quant_max - z)) + 9)) / 4);
       }
       for (const float x : all) {
         test_integer(spec, z, x, 1.0f);
@@ -392,7 +421,8 @@ TEST(integers_with_and_without_zero_points) {
 template <Arithmetic A>
 void test_dequantize(float y, float s, float z, float limit) {
   const check::Note note([&] {
-    return check::text_of(y) + " - " + check::text_of(z) + " times " + check::text_of(s) + ", limit " + check::text_of(limit);
+    return check::text_of(y) + " - " + check::text_of(z) + " times " + check::text_of(s) + ", limit " +
+           check::text_of(limit);
   });
   const double difference = A == Arithmetic::affine ? double(y) - double(z) : double(y);
   float want = float(difference * double(s));  // the product is exact: at most 24 + 24 bits
@@ -473,7 +503,9 @@ TEST(fake_quantize_is_dequantize_of_quantize_but_for_nan) {
 
 TEST(is_inside_at_the_edges) {
   const Grid e4m3 = make_grid(spec_of("fp8_e4m3")), fp4 = make_grid(spec_of("fp4")), int4 = make_grid(spec_of("int4"));
-  const auto e4m3_inside = [&](float x) { return is_inside<Arithmetic::minifloat, Rounding::half_even>(x, 1, 0, e4m3); };
+  const auto e4m3_inside = [&](float x) {
+    return is_inside<Arithmetic::minifloat, Rounding::half_even>(x, 1, 0, e4m3);
+  };
   CHECK(e4m3_inside(448));
   CHECK(e4m3_inside(464));  // the tie goes to 448, which is even; 480 is not
   CHECK(!e4m3_inside(std::nextafter(464.0f, kInf)));
@@ -521,7 +553,8 @@ void test_bounds(const QuantSpec& spec, float low, float high) {
     scale = std::max(quotient(std::max(low, high), grid.hi), 0x1p-126f);
   } else {
     const auto width = float(double(low) + double(high));
-    scale = std::isinf(width) ? float(double(quotient(high, steps)) + double(quotient(low, steps))) : quotient(width, steps);
+    scale = std::isinf(width) ? float(double(quotient(high, steps)) + double(quotient(low, steps)))
+                              : quotient(width, steps);
     scale = std::clamp(scale, 0x1p-126f, kLargest);
     zero = std::clamp(grid.lo + std::nearbyint(double(quotient(low, scale))), double(grid.lo), double(grid.hi));
   }
@@ -531,8 +564,9 @@ void test_bounds(const QuantSpec& spec, float low, float high) {
 }
 
 TEST(scale_from_bounds) {
-  std::vector<float> bounds = {0, kTiny, 2 * kTiny, 100 * kTiny, 1e-40f, 1e-36f, 0x1p-126f, 0x1p-120f, 0.1f, 1, 127, 255, 1e30f, 0x1p127f,
-                               0x1.fp127f, kLargest, kInf, nan_of(false), float_of(0x7f800001)};
+  std::vector<float> bounds = {
+      0,   kTiny, 2 * kTiny, 100 * kTiny, 1e-40f,   1e-36f, 0x1p-126f,     0x1p-120f,           0.1f, 1, 127,
+      255, 1e30f, 0x1p127f,  0x1.fp127f,  kLargest, kInf,   nan_of(false), float_of(0x7f800001)};
   Random random(7);
   for (int i = 0; i < 300; ++i) bounds.push_back(float_of(uint32_t(random.bits()) & ~kSign));
   for (const Format& f : quark::formats()) {

@@ -1,6 +1,4 @@
 // Executors: every item once, in a plain float environment, from many threads and after a fork.
-#include "parallel.h"
-
 #include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -15,6 +13,7 @@
 #include "check.h"
 #include "hostile.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace {
 
@@ -79,7 +78,8 @@ TEST(openmp_executor_runs_every_item_once) {
     for (const int64_t weight : {0, 1, 1000, 100'000}) {
       for (const int64_t n : many_lengths()) {
         const check::Note note([=] {
-          return std::to_string(n) + " items of " + std::to_string(weight) + ", " + std::to_string(threads) + " threads";
+          return std::to_string(n) + " items of " + std::to_string(weight) + ", " + std::to_string(threads) +
+                 " threads";
         });
         Coverage coverage(n);
         OpenMPExecutor(threads).run(n, weight, Coverage::chunk, &coverage);
@@ -153,7 +153,8 @@ TEST(chunk_queue_hands_out_every_item_once) {
 
 TEST(chunk_queue_makes_more_chunks_than_threads) {
   std::atomic<int> chunks{0};
-  ChunkQueue queue(1000, 5, [](void* context, int64_t, int64_t) { ++*static_cast<std::atomic<int>*>(context); }, &chunks);
+  ChunkQueue queue(
+      1000, 5, [](void* context, int64_t, int64_t) { ++*static_cast<std::atomic<int>*>(context); }, &chunks);
   queue.work();
   CHECK(chunks >= 20);
   CHECK(chunks <= 40);
