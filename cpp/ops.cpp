@@ -80,11 +80,16 @@ class Checker {
 
   Status check() {
     if (Status s = check_counts(); !s.ok()) return s;
+    for (size_t i = 0; i < in_.size(); ++i)
+      if (Status s = check_memory(in_[i], "input " + std::to_string(i), false); !s.ok()) return s;
+    for (size_t i = 0; i < out_.size(); ++i)
+      if (Status s = check_memory(out_[i], "output " + std::to_string(i), true); !s.ok()) return s;
+    // From here on shapes can be computed with.
     if (Status s = find_logical_shape(); !s.ok()) return s;
     for (size_t i = 0; i < in_.size(); ++i)
-      if (Status s = check_tensor(in_[i], row_.ins[i], "input " + std::to_string(i), false); !s.ok()) return s;
+      if (Status s = check_kind(in_[i], row_.ins[i], "input " + std::to_string(i), false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
-      if (Status s = check_tensor(out_[i], row_.outs[i], "output " + std::to_string(i), true); !s.ok()) return s;
+      if (Status s = check_kind(out_[i], row_.outs[i], "output " + std::to_string(i), true); !s.ok()) return s;
     return check_overlaps();
   }
 
@@ -122,7 +127,7 @@ class Checker {
     return {};
   }
 
-  Status check_tensor(const TensorView& t, char kind, const std::string& name, bool is_output) const {
+  Status check_memory(const TensorView& t, const std::string& name, bool is_output) const {
     if (t.device != Device::cpu)
       return {ErrorKind::unsupported, here(name) + " is on a GPU; this build has CPU kernels only"};
     int64_t n = 1;
@@ -137,7 +142,7 @@ class Checker {
       return value_error(here(name) + " is not aligned to its dtype, " + name_of(t.dtype));
     if (is_output && n > 0 && !is_injective(t))
       return value_error(here(name) + " overlaps itself; an output needs memory of its own for every element");
-    return check_kind(t, kind, name, is_output);
+    return {};
   }
 
   Status check_kind(const TensorView& t, char kind, const std::string& name, bool is_output) const {

@@ -31,6 +31,8 @@ bool parse_number(std::string_view text, T& value) {
 }
 
 Status parse_block(std::string_view text, QuantSpec& spec) {
+  if (spec.rank > 0) return value_error("spec: block is given twice");
+  if (text.ends_with(',')) return value_error("spec: block is " + quoted(text) + "; it ends in a comma");
   while (!text.empty()) {
     if (spec.rank == kMaxRank) return value_error("spec: block has more than " + std::to_string(kMaxRank) + " axes");
     const size_t comma = text.find(',');
@@ -126,13 +128,13 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
     } else if (key == "length") {
       good = parse_number(value, spec.length) && spec.length >= 0;
     } else if (key == "bits") {
-      good = parse_number(value, bits);
+      good = is_codes && parse_number(value, bits);
     } else if (word == "asymmetric") {
       spec.symmetric = false;
     } else if (word == "packed") {
       spec.packed = true;
     } else if (word == "signed") {
-      is_signed = true;
+      good = is_signed = is_codes;
     } else {
       good = key == "dtype";  // the Python schema's
     }

@@ -71,8 +71,6 @@ Status parse_spec(std::string_view text, QuantSpec& spec);
 Status cached_spec(std::string_view text, QuantSpec& spec);
 
 /// Number of scales along an axis of length `size`.
-inline int64_t scale_length(int64_t size, int64_t block) {
-  return block == 0 ? 1 : size / block + (size % block != 0);
-}
+inline int64_t scale_length(int64_t size, int64_t block) { return block == 0 ? 1 : size / block + (size % block != 0); }
 
 }  // namespace quark

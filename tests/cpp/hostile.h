@@ -27,12 +27,13 @@ inline void set_control(uint64_t value) {
 #endif
 }
 
-/// Subnormals flushed to zero and rounding upward, for as long as the object lives.
+/// Subnormals flushed to zero, rounding upward and, on x86-64, traps, for as long as the object lives.
 class Environment {
  public:
   Environment() : saved_(control()) {
 #if defined(__x86_64__)
-    set_control((saved_ & ~uint64_t(0x6000)) | 0x8040 | 0x4000);  // FTZ, DAZ, upward
+    // FTZ, DAZ, upward; the masks of invalid operation, division by zero and overflow off.
+    set_control((saved_ & ~uint64_t(0x6000 | 0x0680)) | 0x8040 | 0x4000);
 #else
     set_control((saved_ & ~(uint64_t(3) << 22)) | 1u << 24 | 1u << 22);  // FZ, upward
 #endif
@@ -54,5 +55,6 @@ inline bool rounds_to_nearest() {
   constexpr float x = 1 + FLT_EPSILON;  // x * x is just above 1 + 2 epsilon
   return product(x, x) == 1 + 2 * FLT_EPSILON && product(-x, x) == -1 - 2 * FLT_EPSILON;
 }
+inline bool is_plain() { return keeps_subnormals() && rounds_to_nearest() && product(0x1p100f, 0x1p100f) > FLT_MAX; }
 
 }  // namespace hostile

@@ -83,10 +83,12 @@ TEST(good_specs) {
   for (int bits = 1; bits <= 8; ++bits) {
     const QuantSpec codes = good("codes bits=" + std::to_string(bits) + " packed");
     CHECK_EQ(codes.format.bits, bits);
-    CHECK_EQ(codes.quant_max, std::ldexp(1.0f, bits) - 1);
+    CHECK_EQ(codes.format.lo, 0.0f);
+    CHECK_EQ(codes.format.hi, std::ldexp(1.0f, bits) - 1);
     CHECK(codes.format.storage == DType::uint8);
     const QuantSpec with_sign = good("codes signed bits=" + std::to_string(bits));
-    CHECK_EQ(with_sign.quant_min, -std::ldexp(1.0f, bits - 1));
+    CHECK_EQ(with_sign.format.lo, -std::ldexp(1.0f, bits - 1));
+    CHECK_EQ(with_sign.format.hi, std::ldexp(1.0f, bits - 1) - 1);
     CHECK(with_sign.format.storage == DType::int8);
   }
 }
@@ -449,6 +451,24 @@ TEST(operands_that_overlap) {
   }
 }
 
+/// Scales are written before the last input is read, so they must not be an input, not even the very same tensor.
+TEST(scales_in_the_memory_of_an_input) {
+  for (const Op op : {Op::choose_qparams, Op::quantize_dynamic, Op::fake_quantize_dynamic, Op::dequantize_backward}) {
+    std::vector<Array> in = {array(DType::float32, {5})}, out = {array(DType::float32, {5})};
+    if (op == Op::quantize_dynamic) out.insert(out.begin(), array(DType::int8, {5}));
+    if (op == Op::fake_quantize_dynamic) out.insert(out.begin(), array(DType::float32, {5}));
+    if (op == Op::dequantize_backward) in.push_back(array(DType::int8, {5}));
+    Call c(op, "int8 block=1", in, out);
+    CHECK(c.run().ok());
+    c.out.back() = c.in[0];
+    c.refused(ErrorKind::value, {"overlaps input 0", "only data may be the very same tensor"});
+  }
+  Call c(Op::fake_quantize, "int8 block=1", {array(DType::float32, {5}), array(DType::float32, {5})},
+         {array(DType::float32, {5})});
+  c.out[0] = c.in[1];
+  c.refused(ErrorKind::value, {"output 0 overlaps input 1"});
+}
+
 // ---- float environment --------------------------------------------------------------------------------------------
 
 TEST(float_environment_is_plain_inside_and_restored_after) {
@@ -470,6 +490,11 @@ void fill(Random& random, Array& a, bool is_scale) {
   for (int64_t i = 0; i < a.elements(); ++i) {
     const auto exponent = int(random.between(-149, is_scale ? 3 : 10));
     const double m = 1 + double(random.between(0, 4095)) / 4096;
+    const double specials[] = {0.0, -0.0, INFINITY, NAN};
+    if (random.chance(3)) {
+      a.put_number(i, specials[random.between(0, 3)]);
+      continue;
+    }
     a.put_number(i, std::ldexp(random.chance(50) && !is_scale ? -m : m, exponent));
   }
 }

@@ -392,7 +392,6 @@ TEST(integers_with_and_without_zero_points) {
                                     "int4 min=-8 max=-1 asymmetric", "uint16 min=1000 max=65535 asymmetric"};
   for (const Format& f : quark::formats())
     if (f.is_integer()) specs.emplace_back(f.name);
-  for (int bits = 1; bits <= 8; ++bits) specs.push_back("codes bits=" + std::to_string(bits));
   Random random(4);
   for (const std::string& text : specs) {
     const QuantSpec spec = spec_of(text);
