@@ -11,7 +11,7 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-cpp lint format stubs bench harden clean
+.PHONY: demo test test-python test-cpp test-clang lint format stubs bench harden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
@@ -41,14 +41,21 @@ $(VENV)/.test-tools: $(VENV)/.frameworks pyproject.toml
 
 # ---- C++ -------------------------------------------------------------------------------------------------------------
 
-CXX_BUILD ?= build/cpp
-CMAKE_FLAGS ?=
+# A preset of CMakePresets.json: cpp, clang or asan.
+PRESET ?= cpp
 
 test-cpp: $(VENV)/.test-tools
-	$(BIN)/cmake -S . -B $(CXX_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DQUARK_PYTHON=OFF -DQUARK_TESTS=ON -DQUARK_WERROR=ON $(CMAKE_FLAGS)
-	$(BIN)/cmake --build $(CXX_BUILD)
-	$(BIN)/ctest --test-dir $(CXX_BUILD) --output-on-failure
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset $(PRESET)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset $(PRESET)
+	PATH="$(abspath $(BIN)):$$PATH" ctest --preset $(PRESET)
+
+# The extension by clang, in the environment as it is (without build isolation), and a short test of it.
+test-clang: $(VENV)/.installed $(VENV)/.test-tools
+	$(MAKE) test-cpp PRESET=clang
+	$(PIP) 'scikit-build-core>=0.10' 'apache-tvm-ffi>=0.1.7'
+	PATH="$(abspath $(BIN)):$$PATH" CXX=clang++-19 $(PIP) --no-build-isolation --no-deps --force-reinstall .
+	touch -d @0 $(VENV)/.installed
+	$(BIN)/python -m pytest -q tests/test_formats.py tests/test_errors.py
 
 # ---- style -----------------------------------------------------------------------------------------------------------
 
@@ -75,7 +82,7 @@ bench: $(VENV)/.installed
 
 # One wheel under every supported jaxlib, and the C++ tests under sanitizers.
 harden: $(VENV)/.installed
-	$(MAKE) test-cpp CXX_BUILD=build/asan CMAKE_FLAGS='-DQUARK_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=RelWithDebInfo'
+	$(MAKE) test-cpp PRESET=asan
 	scripts/jaxlib_matrix.sh
 
 clean:

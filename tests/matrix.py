@@ -61,8 +61,9 @@ class Case:
             x[: len(EDGES)] = EDGES if self.given else np.where(np.isfinite(EDGES), EDGES, 0.5)
             if not self.given:
                 x[np.abs(x) > 1e4] = 0.25
-                x[n // 2] = np.inf if "token" in str(self.spec) or "channel=0" in str(self.spec) else 1.0
             self.random.shuffle(x)
+            if not self.given and self.spec.granularity != PerTensor():
+                x[n // 2], x[n // 3] = np.inf, np.nan  # each spoils its own group only
         with np.errstate(over="ignore", under="ignore"):
             x = x.astype(numpy_dtype(self.dtype)).reshape(self.shape)
         return self._laid_out(x)

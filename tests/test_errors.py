@@ -96,7 +96,7 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
         "scale_dtype",
         lambda api, a, x: api.quantize(x, "int8", scale=a(np.ones((), np.int32))),
         TypeError,
-        "scale has dtype int32; allowed: float32",
+        "scale has dtype int32; allowed: float32, float16, bfloat16",
     ),
     ("scale_type", lambda api, a, x: api.quantize(x, "int8", scale="1"), TypeError, r"scale is a builtins\.str"),
     (
@@ -154,9 +154,42 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
         r"x has shape \(6,\); PerBlock tiles the last two axes",
     ),
     ("bits", lambda api, a, x: api.pack(a(np.ones(3, np.uint8)), 9), ValueError, "bits is 9; allowed: 1 to 8"),
-    ("bits_type", lambda api, a, x: api.unpack(a(np.ones(3, np.uint8)), 4.0, signed=True), ValueError, "bits is 4.0"),
+    (
+        "bits_type",
+        lambda api, a, x: api.unpack(a(np.ones(3, np.uint8)), 4.0, signed=True),
+        TypeError,
+        "bits is 4.0; allowed: an integer",
+    ),
     ("pack_dtype", lambda api, a, x: api.pack(x, 4), TypeError, "codes has dtype float32; allowed: int8, uint8"),
-    ("pack_0d", lambda api, a, x: api.pack(a(np.array(3, np.uint8)), 4), ValueError, "axis is -1; x has 0 axes"),
+    ("pack_0d", lambda api, a, x: api.pack(a(np.array(3, np.uint8)), 4), ValueError, "axis is -1; codes has 0 axes"),
+    ("signed", lambda api, a, x: api.unpack(a(np.ones(3, np.uint8)), 4, signed=1), TypeError, "signed is 1; allowed"),
+    ("pack_axis", lambda api, a, x: api.pack(a(np.ones(3, np.uint8)), 4, axis="0"), TypeError, "axis is '0'; allowed"),
+    (
+        "axis_list",
+        lambda api, a, x: api.quantize(x, "int8", axis=[0]),
+        TypeError,
+        r"axis is \[0\]; allowed",
+    ),
+    ("axis_bool", lambda api, a, x: api.quantize(x, "int8", axis=True), TypeError, "axis is True; allowed: an integer"),
+    (
+        "channel_group",
+        lambda api, a, x: api.quantize(x, QuantSpec("int8", PerChannel(0)), group_size=2),
+        ValueError,
+        "takes axis= only",
+    ),
+    ("token_0d", lambda api, a, x: api.quantize(x[0, 0], QuantSpec("int8", PerToken())), ValueError, "x has no axes"),
+    (
+        "rank",
+        lambda api, a, x: api.fake_quantize(x.reshape((1,) * 15 + (4, 6)), "int8"),
+        ValueError,
+        "x has 17 dimensions; at most 16",
+    ),
+    (
+        "zero_range",
+        lambda api, a, x: api.quantize(x, "int8", scale=1.0, zero_point=2**40),
+        ValueError,
+        "zero_point is 1099511627776; allowed: -2147483648 to 2147483647",
+    ),
     ("dequantize_x", lambda api, a, x: api.dequantize(x), TypeError, r"q is a .*; allowed: a quark_\w+\.QTensor"),
     (
         "dequantize_dtype",
@@ -205,6 +238,19 @@ def test_corrupt_qtensors(framework: Any) -> None:
         dataclasses.replace(q, qvalue=q.qvalue.view(framework.dtype("uint8"))).dequantize()
     with pytest.raises(TypeError, match="q.scale has dtype int8; allowed: float32"):
         dataclasses.replace(q, scale=q.qvalue[:, :1]).dequantize()
+    with pytest.raises(TypeError, match=r"q\.scale is a builtins\.NoneType"):
+        dataclasses.replace(q, scale=None).dequantize()
+
+
+def test_checks_do_not_depend_on_what_came_before(framework: Any) -> None:
+    """1, True and 1.0 are one dictionary key, but only 1 is an axis."""
+    api, x = framework.api, framework.array(X)
+    api.quantize(x, "int4", axis=1, packed=True)
+    for wrong in (True, 1.0):
+        with pytest.raises(TypeError, match=f"axis is {wrong}; allowed: an integer"):
+            api.quantize(x, "int4", axis=wrong)
+    with pytest.raises(TypeError, match="packed is 1; allowed: True, False or None"):
+        api.quantize(x, "int4", axis=1, packed=1)
 
 
 class TestTorch:
@@ -277,6 +323,10 @@ class TestCore:
             ("", "empty"),
             ("int5", "unknown format 'int5'; known: int2"),
             ("int8 block=1,x", "lengths must be integers >= 0"),
+            ("int8 block=1 block=2", "block is given twice"),
+            ("int8 block=1,", "ends in a comma"),
+            ("int8 bits=4", "can't read 'bits=4'"),
+            ("int8 signed", "can't read 'signed'"),
             ("int8 block=-1", "lengths must be integers >= 0"),
             ("int8 rounding=up", "can't read 'rounding=up'"),
             ("int8 min=5 max=5", "with min < max"),
@@ -375,6 +425,8 @@ class TestSpecs:
             (lambda: PerBlock(128), ValueError, r"size is 128; allowed: a pair \(rows, columns\)"),  # type: ignore[arg-type]
             (lambda: PerBlock((0, 1)), ValueError, "size is 0; allowed: 1 or more"),
             (lambda: QuantSpec.parse("int8 what=1"), ValueError, "can't read 'what=1' in the spec"),
+            (lambda: QuantSpec.parse("int8 group=1,0 channel=0"), ValueError, "'channel=0' says again"),
+            (lambda: QuantSpec.parse(None), TypeError, "text is None"),  # type: ignore[arg-type]
             (lambda: QuantSpec.parse("int8 group=1"), ValueError, "can't read 'group=1'"),
             (lambda: QuantSpec.parse(""), ValueError, "format is ''; allowed: int2"),
             (lambda: QuantSpec.from_json({}), ValueError, "not a QuantSpec's JSON"),

@@ -55,6 +55,54 @@ def test_straight_through(framework: Any) -> None:
     assert np.array_equal(got, seen)
 
 
+@pytest.mark.parametrize("gradient", ["clipped", "ste"])
+@pytest.mark.parametrize("scale", [0.01, None])
+def test_second_order(gradient: str, scale: float | None, framework: Any) -> None:
+    """The second derivative of sum(fake_quantize(x) * x^2): a gradient's gradient goes through the mask again."""
+    x = np.array([0.3, -0.7, 5.0, 0.011], np.float32)
+    api = framework.api
+
+    if framework.name == "torch":
+        import torch
+
+        t = framework.array(x).requires_grad_()
+        y = (api.fake_quantize(t, "int8", scale=scale, gradient=gradient) * t**2).sum()
+        (first,) = torch.autograd.grad(y, t, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), t)
+    else:
+        import jax
+
+        def f(x: Any) -> Any:
+            return (api.fake_quantize(x, "int8", scale=scale, gradient=gradient) * x**2).sum()
+
+        first = jax.grad(f)(x)
+        second = jax.grad(lambda x: jax.grad(f)(x).sum())(x)
+    fake = framework.numpy(api.fake_quantize(framework.array(x), "int8", scale=scale))
+    inside = (np.abs(x) < 1.28) | (gradient == "ste") | (scale is None)
+    # With m the mask and f the numbers: f' = m, so (f x^2)' = m x^2 + 2 f x, and its derivative m 2x + 2 m x + 2 f.
+    assert np.allclose(framework.numpy(first), inside * x**2 + 2 * fake * x)
+    assert np.allclose(framework.numpy(second), 4 * inside * x + 2 * fake)
+
+
+def test_second_order_to_the_scale(framework: Any) -> None:
+    """d/ds of d/ds sum(dequantize(s)^3) is 6 s q^3 summed."""
+    import dataclasses
+
+    q = framework.api.quantize(framework.array(np.array([0.3, -0.7, 1.2, 0.011], np.float32)), "int8", scale=0.01)
+    codes = framework.numpy(q.qvalue).astype(np.float64)
+    if framework.name == "torch":
+        import torch
+
+        s = q.scale.requires_grad_()
+        (first,) = torch.autograd.grad((q.dequantize() ** 3).sum(), s, create_graph=True)
+        (second,) = torch.autograd.grad(first, s)
+    else:
+        import jax
+
+        second = jax.grad(jax.grad(lambda s: (dataclasses.replace(q, scale=s).dequantize() ** 3).sum()))(q.scale)
+    assert np.allclose(float(second), 6 * 0.01 * (codes**3).sum(), rtol=1e-5)
+
+
 def test_scales_are_constants(framework: Any) -> None:
     """fake_quantize's gradient to a given scale is none in torch and zero in JAX."""
     x, s = np.linspace(-3, 3, 7, dtype=np.float32), np.float32(0.1)

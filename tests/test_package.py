@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import quark_kernels
+from matrix import numpy_dtype
 from quark_kernels import PRESETS, __main__, demo, ffi_api
 from test_parity import run_python
 
@@ -164,6 +165,67 @@ def test_fork_after_use(torch_frontend: Any) -> None:
         child.kill()
     assert child.exitcode == 0, "the child hangs or died"
     assert queue.get() == expected
+
+
+def test_scale_dtypes(framework: Any) -> None:
+    """Narrow scales are widened exactly, subnormal ones too; float64 would have to be rounded, so it is refused."""
+    x = framework.array(np.array([1.0, 3.0, -2.0, 1e-39], np.float32))
+    for dtype in ("float16", "bfloat16"):
+        for value in (0.1, 6e-8 if dtype == "float16" else 1e-39):
+            narrow = np.array(value, numpy_dtype(dtype))
+            q = framework.api.quantize(x, "int8", scale=framework.array(narrow))
+            assert framework.numpy(q.scale).dtype == np.float32
+            assert float(framework.numpy(q.scale)) == float(narrow)
+    if framework.name == "torch":
+        with pytest.raises(TypeError, match="scale has dtype float64; allowed: float32, float16, bfloat16"):
+            framework.api.quantize(x, "int8", scale=framework.array(np.array(0.1)))
+
+
+def test_numpy_scalars(framework: Any) -> None:
+    x = framework.array(np.ones((4, 8), np.float32))
+    q = framework.api.quantize(x, "int8", scale=np.float32(0.1), zero_point=np.int32(3))
+    assert framework.numpy(q.qvalue).min() == 13
+    assert str(framework.api.quantize(x, "int8", group_size=np.int64(4)).spec) == "int8 group=4,-1"
+
+
+def test_default_dtype(torch_frontend: Any) -> None:
+    import torch
+
+    x = torch.ones(3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch_frontend.api.quantize(x, "int8", scale=0.1).scale.item() == np.float32(0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_channels_of_an_empty_tensor(framework: Any) -> None:
+    x = framework.array(np.ones((0, 4), np.float32))
+    q = framework.api.quantize(x, "int8", axis=0, scale=framework.array(np.ones(0, np.float32)))
+    assert tuple(q.scale.shape) == (0, 1)
+
+
+def test_vmap_gives_each_example_its_own_scale(jax_frontend: Any) -> None:
+    import jax
+
+    x = np.random.default_rng(0).standard_normal((5, 3, 8)).astype(np.float32) * np.arange(1, 6)[:, None, None]
+    api = jax_frontend.api
+    together = jax.vmap(lambda x: api.quantize(x, "int8"))(x)
+    apart = [api.quantize(one, "int8") for one in x]
+    assert np.array_equal(together.scale, [q.scale for q in apart])
+    assert np.array_equal(together.qvalue, [q.qvalue for q in apart])
+    grad = jax.grad(lambda x: (api.fake_quantize(x, "int8", scale=0.02) ** 2).sum())
+    assert np.array_equal(jax.vmap(grad)(x), [grad(one) for one in x])
+
+
+def test_compile_without_a_warning(torch_frontend: Any) -> None:
+    import torch
+
+    x = torch.randn(4, 8)
+    compiled = torch.compile(
+        lambda x: torch_frontend.api.fake_quantize(x, "int4", axis=0), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x), torch_frontend.api.fake_quantize(x, "int4", axis=0))
 
 
 def test_pytrees(framework: Any) -> None:

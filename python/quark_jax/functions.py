@@ -5,6 +5,7 @@ Public functions resolve the static arguments, then enter one jitted function ea
 
 from __future__ import annotations
 
+import numbers
 from functools import partial
 from typing import Any
 
@@ -53,17 +54,18 @@ def _scales(spec: QuantSpec, shape: Shape, scale: Any, zero_point: Any) -> tuple
     schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
     if scale is None:
         return None
-    if isinstance(scale, (int, float)):
+    if isinstance(scale, numbers.Real):
         scale = np.float32(scale)
-    if isinstance(zero_point, int):
-        zero_point = np.int32(zero_point)
+    if isinstance(zero_point, numbers.Integral):
+        zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
     scale = _check_array("scale", scale)
-    schema.expect_float("scale", scale.dtype.name)
+    schema.expect_scale(scale.dtype.name)
     scale = scale.reshape(schema.scale_argument_shape("scale", scale.shape, spec, shape))
     if zero_point is not None:
         zero_point = _check_array("zero_point", zero_point)
         schema.expect_integer("zero_point", zero_point.dtype.name)
-        zero_point = zero_point.reshape(schema.scale_argument_shape("zero_point", zero_point.shape, spec, shape))
+        normal = schema.scale_argument_shape("zero_point", zero_point.shape, spec, shape)
+        zero_point = zero_point.reshape(normal).astype(np.int32)
     return scale.astype(np.float32), zero_point
 
 
@@ -123,7 +125,7 @@ def quantize(
     else:
         s, zero = given
         q = _quantize(x, s, zero, op_spec)
-    zero = None if zero is None else _public(zero, whole, x.shape).astype(np.int32)
+    zero = None if zero is None else _public(zero, whole, x.shape)
     return QTensor(q, _public(s, whole, x.shape), zero, None, None, whole, x.shape, x.dtype, op_spec.packed)
 
 
@@ -154,6 +156,8 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     if name == "float64" and jax.dtypes.canonicalize_dtype(name).name != name:
         raise TypeError("dtype is float64; JAX has it only with jax_enable_x64")
     whole, op_spec = schema.plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
+    for part in ("qvalue", "scale", *([] if q.zero_point is None else ["zero_point"])):
+        _check_array(f"q.{part}", getattr(q, part))
     zero_part = None if q.zero_point is None else _part(q.zero_point)
     normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
     zero = None if q.zero_point is None else q.zero_point.reshape(normal)
@@ -180,8 +184,8 @@ def fake_quantize(
         zero_point: as for ``quantize``.
         axis: as for ``quantize``.
         group_size: as for ``quantize``.
-        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through; ``"ste"``: always passed
-            through.
+        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through (float64 rounded to float32);
+            ``"ste"``: always passed through.
 
     Returns:
         An array of x's shape and dtype.
@@ -247,7 +251,7 @@ def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
 
     """
     codes = _check_bytes("codes", codes)
-    axis = schema.normal_axis(axis, codes.ndim)
+    axis = schema.normal_axis(axis, codes.ndim, "codes")
     packed: jax.Array = _along_last("pack", codes, axis, schema.codes_spec(bits, length=codes.shape[axis]))
     return packed
 
@@ -270,9 +274,8 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1, *, signed: bool) -> jax
 
     """
     packed = _check_bytes("packed", packed)
-    axis = schema.normal_axis(axis, packed.ndim)
-    schema.codes_spec(bits)  # bits must be right before it divides
-    spec = schema.codes_spec(bits, signed=signed, length=schema.unpacked_length(packed.shape[axis], bits))
+    axis = schema.normal_axis(axis, packed.ndim, "packed")
+    spec = schema.unpack_spec(bits, signed=signed, packed_length=packed.shape[axis])
     codes: jax.Array = _along_last("unpack", packed, axis, spec)
     return codes
 
@@ -312,28 +315,49 @@ def _quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec
 def _fake_quantize_vjp(
     x: jax.Array, scale: jax.Array | None, zero_point: jax.Array | None, spec: OpSpec, gradient: str
 ) -> jax.Array:
-    return _fake_quantize_forward(x, scale, zero_point, spec, gradient)[0]
+    if scale is None:
+        return call("fake_quantize_dynamic", [x], spec)[0]
+    return call("fake_quantize", [x, scale, zero_point], spec)[0]
+
+
+# Forward rules call differentiable functions and backward rules are linear ones, so gradients have gradients.
 
 
 def _fake_quantize_forward(x: Any, scale: Any, zero_point: Any, spec: OpSpec, gradient: str) -> tuple[jax.Array, Any]:
-    if scale is None:
-        y, *scales = call("fake_quantize_dynamic", [x], spec)
-    else:
-        (y,) = call("fake_quantize", [x, scale, zero_point], spec)
-        scales = [scale, zero_point]
-    return y, ((x, *scales) if gradient == "clipped" else None, scale)
+    given = scale
+    if given is None:
+        scale, *zero = call("choose_qparams", [jax.lax.stop_gradient(x)], spec)
+        zero_point = zero[0] if zero else None
+    y = _fake_quantize_vjp(x, scale, zero_point, spec, gradient)
+    return y, ((x, scale, zero_point) if gradient == "clipped" else None, given)
 
 
 def _fake_quantize_backward(spec: OpSpec, gradient: str, saved: Any, grad: jax.Array) -> Any:
-    operands, given_scale = saved
+    operands, given = saved
     if gradient == "clipped":
-        x, *scales = operands
-        (grad,) = call("fake_quantize_backward", [x, grad, *scales], spec)
-    return grad, None if given_scale is None else jnp.zeros_like(given_scale), None
+        grad = _clip(grad, *jax.lax.stop_gradient(operands), spec)
+    return grad, None if given is None else jnp.zeros_like(given), None
 
 
 _fake_quantize_vjp.defvjp(_fake_quantize_forward, _fake_quantize_backward)
 _fake_quantize = jax.jit(_fake_quantize_vjp, static_argnums=(3, 4))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _clip(grad: jax.Array, x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
+    """The clipped gradient: linear in ``grad``, so its own gradient is clipped alike; x only says where."""
+    return call("fake_quantize_backward", [x, grad, scale, zero_point], spec)[0]
+
+
+def _clip_forward(grad: Any, x: Any, scale: Any, zero_point: Any, spec: OpSpec) -> tuple[jax.Array, Any]:
+    return _clip(grad, x, scale, zero_point, spec), (x, scale, zero_point)
+
+
+def _clip_backward(spec: OpSpec, saved: Any, grad: jax.Array) -> Any:
+    return _clip(grad, *saved, spec), None, None, None
+
+
+_clip.defvjp(_clip_forward, _clip_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -342,14 +366,30 @@ def _dequantize_vjp(q: jax.Array, scale: jax.Array, zero_point: jax.Array | None
 
 
 def _dequantize_forward(q: Any, scale: Any, zero_point: Any, spec: OpSpec) -> tuple[jax.Array, Any]:
-    return call("dequantize", [q, scale, zero_point], spec)[0], (q, scale, zero_point)
+    return _dequantize_vjp(q, scale, zero_point, spec), (q, zero_point)
 
 
 def _dequantize_backward(spec: OpSpec, saved: Any, grad: jax.Array) -> Any:
-    q, scale, zero_point = saved
-    (dscale,) = call("dequantize_backward", [grad, q, zero_point], spec)
-    return None, dscale.astype(scale.dtype), None
+    return None, _to_scale(grad, *saved, spec), None
 
 
 _dequantize_vjp.defvjp(_dequantize_forward, _dequantize_backward)
 _dequantize = jax.jit(_dequantize_vjp, static_argnums=3)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _to_scale(grad: jax.Array, q: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
+    """The gradient to the scale: linear in ``grad``, and the transpose of dequantize, which is linear in the scale."""
+    return call("dequantize_backward", [grad, q, zero_point], spec)[0]
+
+
+def _to_scale_forward(grad: Any, q: Any, zero_point: Any, spec: OpSpec) -> tuple[jax.Array, Any]:
+    return _to_scale(grad, q, zero_point, spec), (q, zero_point)
+
+
+def _to_scale_backward(spec: OpSpec, saved: Any, dscale: jax.Array) -> Any:
+    q, zero_point = saved
+    return _dequantize_vjp(q, dscale, zero_point, spec), None, None
+
+
+_to_scale.defvjp(_to_scale_forward, _to_scale_backward)

@@ -24,10 +24,13 @@ _register()
 
 def call(name: str, arrays: Sequence[jax.Array | None], spec: OpSpec) -> list[jax.Array]:
     """Call an operator on arrays or tracers; a zero point that is None is left out. Returns its outputs."""
+    _core.cpu_level()  # raises here, while tracing, where QUARK_CPU_LEVEL is wrong
     op = OPS[name]
     given = [a for a in arrays if a is not None]
     shape = logical_shape(op, spec, [a.shape for a in given])
     results = [
         jax.ShapeDtypeStruct(size, np.dtype(dtype)) for size, dtype in outputs(op, spec, shape, given[0].dtype.name)
     ]
-    return list(jax.ffi.ffi_call(f"quark_kernels.{name}", results)(*given, spec=spec.text))
+    # Under vmap each example is a call of its own: with its own dynamic scale.
+    kernel = jax.ffi.ffi_call(f"quark_kernels.{name}", results, vmap_method="sequential")
+    return list(kernel(*given, spec=spec.text))

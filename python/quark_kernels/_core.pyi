@@ -1,4 +1,6 @@
-"""The compiled core of quark-kernels. Its functions write into tensors that the caller allocates."""
+"""
+The compiled core of quark-kernels. Its functions write into tensors that the caller allocates.
+"""
 
 VERSION: str = "0.1.0"
 
@@ -13,7 +15,9 @@ def fake_quantize_backward(inputs: tuple, outputs: tuple, spec: str, threads: in
 def pack(inputs: tuple, outputs: tuple, spec: str, threads: int = 1) -> None: ...
 def unpack(inputs: tuple, outputs: tuple, spec: str, threads: int = 1) -> None: ...
 def formats() -> list[tuple[str, int, int, int, int, float, float, str, str]]:
-    """Rows of (name, bits, exponent bits, mantissa bits, min_exp, lo, hi, specials, storage dtype)."""
+    """
+    Rows of (name, bits, exponent bits, mantissa bits, min_exp, lo, hi, specials, storage dtype).
+    """
 
 def ops() -> list[tuple[str, str, str]]:
     """Rows of (name, kinds of the inputs, kinds of the outputs)."""
@@ -25,7 +29,9 @@ def cpu_levels() -> list[tuple[str, bool]]:
     """The compiled CPU levels, and whether this machine supports each."""
 
 def cpu_level() -> str:
-    """The CPU level in use. Raises ValueError where QUARK_CPU_LEVEL names none that can be."""
+    """
+    The CPU level in use. Raises ValueError where QUARK_CPU_LEVEL names none that can be.
+    """
 
 def gpu_builds() -> list[tuple[str, str]]:
     """For each GPU platform what was compiled, or why nothing was."""

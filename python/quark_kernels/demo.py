@@ -145,8 +145,10 @@ class Torch:
         def call() -> None:
             threads = self._torch.get_num_threads()
             self._torch.set_num_threads(1)
-            self.functions.fake_quantize(inputs, preset, out=out)
-            self._torch.set_num_threads(threads)
+            try:
+                self.functions.fake_quantize(inputs, preset, out=out)
+            finally:
+                self._torch.set_num_threads(threads)
 
         return call
 
@@ -289,6 +291,7 @@ def read_npz(path: Path) -> Iterator[Tensor]:
 def floating(name: str, array: Array) -> Iterator[Tensor]:
     """The array as a tensor, if it is floating: float16 as it is, every other width as float32, a scalar as one row."""
     if array.dtype.kind == "f":
+        array = array.reshape(array.shape[0], -1) if array.ndim > 2 and array.size else array  # channels stay channels
         yield encode(name, array, "float16" if array.itemsize == 2 else "float32")
 
 

@@ -138,6 +138,8 @@ def _tensor_to_jax(t: torch.Tensor, copy: bool | None) -> jax.Array:
 
     if t.layout != torch.strided:
         raise TypeError(f"x has layout {t.layout}; allowed: torch.strided (dense)")
+    if t.device.type == "meta":
+        raise ValueError("x is a meta tensor; it has no memory to share or to copy")
     name = str(t.dtype).removeprefix("torch.")
     if name.endswith("64") and name != "complex64" and jax.dtypes.canonicalize_dtype(name).name != name:
         raise ValueError(f"x is {name}; JAX has no such dtype unless jax_enable_x64 is set")
@@ -156,6 +158,8 @@ def _array_to_torch(a: jax.Array, copy: bool | None) -> torch.Tensor:
     import jax
     import torch
 
+    if a.is_deleted():
+        raise ValueError("x has been deleted or donated; it has no memory to share or to copy")
     if not hasattr(torch, a.dtype.name):
         raise ValueError(f"x is {a.dtype.name}; torch has no such dtype")
     if a.dtype.name in ("int2", "int4", "uint2", "uint4", "float4_e2m1fn"):

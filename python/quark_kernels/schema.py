@@ -9,18 +9,22 @@ Per tensor (0, 0), channel 0 (1, 0), group 128 along the last axis (1, 128), til
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from quark_kernels import _core
 from quark_kernels.formats import FORMATS
-from quark_kernels.spec import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+from quark_kernels.spec import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, as_int
 
 Shape = tuple[int, ...]
 
+SCALE_DTYPES = ("float32", "float16", "bfloat16")
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 INTEGER_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "int64")
+MAX_RANK = 16
+LONGEST = 2**62
+"""No axis is longer, so a longer group is none either."""
 METHODS = ("absmax", "minmax")
 GRADIENTS = ("clipped", "ste")
 
@@ -120,7 +124,6 @@ class OpSpec:
         return "asymmetric" in self.words
 
 
-@lru_cache(4096)
 def op_spec(spec: QuantSpec, shape: Shape, packed: bool = False, dtype: str | None = None) -> OpSpec:
     """Return the OpSpec of ``spec`` for data of this shape."""
     return OpSpec(
@@ -132,7 +135,6 @@ def op_spec(spec: QuantSpec, shape: Shape, packed: bool = False, dtype: str | No
     )
 
 
-@lru_cache(4096)
 def plan(
     spec: QuantSpec,
     shape: Shape,
@@ -140,16 +142,35 @@ def plan(
     group_size: int | None = None,
     packed: bool | None = False,
     dtype: str | None = None,
+    *,
+    remember: bool = True,
 ) -> tuple[QuantSpec, OpSpec]:
     """Return what a call with these static arguments does: the spec with its granularity, and the core's spec."""
+    if axis is not None:
+        axis = as_int("axis", axis)
+    if group_size is not None:
+        group_size = as_int("group_size", group_size, 1)
+    if packed is not None and not isinstance(packed, bool):
+        raise TypeError(f"packed is {packed!r}; allowed: True, False or None")
+    return (_cached_plan if remember else _plan)(spec, shape, axis, group_size, packed, dtype)
+
+
+def _plan(
+    spec: QuantSpec, shape: Shape, axis: int | None, group_size: int | None, packed: bool | None, dtype: str | None
+) -> tuple[QuantSpec, OpSpec]:
     whole = spec.along(axis, group_size)
     return whole, op_spec(whole, shape, use_packed(whole, packed), dtype)
 
 
-@lru_cache(256)
+_cached_plan = lru_cache(4096)(_plan)
+
+
 def codes_spec(bits: int, *, signed: bool = False, length: int | None = None) -> OpSpec:
     """Return the OpSpec of pack and unpack: bare codes of a width."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
+    if not isinstance(signed, bool):
+        raise TypeError(f"signed is {signed!r}; allowed: True or False")
+    bits = as_int("bits", bits)
+    if not 1 <= bits <= 8:
         raise ValueError(f"bits is {bits!r}; allowed: 1 to 8")
     words = ("codes", f"bits={bits}", *(["signed"] if signed else []))
     return OpSpec(words, None, packed=True, length=length, dtype="int8" if signed else "uint8")
@@ -158,16 +179,20 @@ def codes_spec(bits: int, *, signed: bool = False, length: int | None = None) ->
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def normal_axis(axis: int, rank: int) -> int:
-    """Return ``axis`` counted from the front. Raises ValueError where there is no such axis."""
+def normal_axis(axis: int, rank: int, name: str = "x") -> int:
+    """Return ``axis`` of the argument ``name`` counted from the front. Raises where there is no such axis."""
+    axis = as_int("axis", axis)
     if not -rank <= axis < rank:
-        raise ValueError(f"axis is {axis}; x has {rank} axes, allowed: {f'{-rank} to {rank - 1}' if rank else 'none'}")
+        allowed = f"{-rank} to {rank - 1}" if rank else "none"
+        raise ValueError(f"axis is {axis}; {name} has {rank} axes, allowed: {allowed}")
     return axis % rank
 
 
 def block_of(spec: QuantSpec, shape: Shape) -> Shape:
     """Return the normal form of a granularity for data of this shape."""
     rank = len(shape)
+    if rank > MAX_RANK:
+        raise ValueError(f"x has {rank} dimensions; at most {MAX_RANK} are supported")
     block = [0] * rank
     match spec.granularity:
         case PerTensor():
@@ -182,9 +207,10 @@ def block_of(spec: QuantSpec, shape: Shape) -> Shape:
                 raise ValueError(f"x has shape {shape}; PerBlock tiles the last two axes, so it needs at least two")
             block = [1] * (rank - 2) + list(tile)
         case PerToken():
-            normal_axis(-1, rank)
+            if rank == 0:
+                raise ValueError("x has no axes; PerToken needs a last axis")
             block = [1] * (rank - 1) + [0]
-    return tuple(block)
+    return tuple(min(b, LONGEST) for b in block)
 
 
 def scale_shape(shape: Shape, block: Shape) -> Shape:
@@ -248,6 +274,19 @@ def expect_float(name: str, dtype: str) -> None:
         raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
 
 
+def expect_scale(dtype: str) -> None:
+    """Raise TypeError unless a scale of this dtype becomes float32 exactly."""
+    if dtype not in SCALE_DTYPES:
+        raise TypeError(f"scale has dtype {dtype}; allowed: {', '.join(SCALE_DTYPES)}")
+
+
+def int32_zero_point(value: int) -> int:
+    """Return a Python zero point. Raises ValueError where it isn't an int32."""
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"zero_point is {value}; allowed: {-(2**31)} to {2**31 - 1}")
+    return value
+
+
 def expect_integer(name: str, dtype: str) -> None:
     """Raise TypeError unless the dtype is an integer one that zero points may have."""
     if dtype not in INTEGER_DTYPES:
@@ -265,10 +304,16 @@ def scale_argument_shape(name: str, given: Shape, spec: QuantSpec, shape: Shape)
         return normal
     if all(n == 1 for n in normal) and all(n == 1 for n in given):
         return normal
-    channel = isinstance(spec.granularity, PerChannel)
-    if channel and given == (max(normal),):
+    channel = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None
+    if channel is not None and given == (shape[channel],):
         return normal
-    also = f", or ({max(normal)},)" if channel else ", or any shape of one element" if set(normal) <= {1} else ""
+    also = (
+        f", or ({shape[channel]},)"
+        if channel is not None
+        else ", or any shape of one element"
+        if set(normal) <= {1}
+        else ""
+    )
     raise ValueError(f"{name} has shape {given}; {spec} on x of shape {shape} allows {normal}{also}")
 
 
@@ -296,7 +341,8 @@ def check_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, qvalue: Part, sc
         raise ValueError(f"q.qvalue has shape {qvalue.shape}; a QTensor of shape {shape} has codes of shape {expected}")
     if qvalue.dtype != op_spec.code_dtype:
         raise TypeError(f"q.qvalue has dtype {qvalue.dtype}; codes of {spec.format} have dtype {op_spec.code_dtype}")
-    expect_float("q.scale", scale.dtype)
+    if scale.dtype != "float32":
+        raise TypeError(f"q.scale has dtype {scale.dtype}; allowed: float32")
     if zero is not None:
         check_scale_arguments(spec, scale=not spec.element.is_cast, zero_point=True)
         expect_integer("q.zero_point", zero.dtype)
@@ -308,13 +354,12 @@ def use_packed(spec: QuantSpec, packed: bool | None) -> bool:
     """Return whether codes are packed: as asked, by default for fp4 only."""
     if packed is None:
         return spec.format == "fp4"
-    if not isinstance(packed, bool):
-        raise TypeError(f"packed is {packed!r}; allowed: True, False or None")
     if packed and not spec.element.can_pack:
         raise ValueError(f"packed is True; a code of {spec.format} fills its bytes already, there is nothing to pack")
     return packed
 
 
-def unpacked_length(packed_length: int, bits: int) -> int:
-    """Return the most codes that a row of this many bytes holds."""
-    return packed_length * 8 // bits
+def unpack_spec(bits: int, *, signed: bool, packed_length: int) -> OpSpec:
+    """Return the OpSpec of unpack: the most codes that rows of this many bytes hold."""
+    one = codes_spec(bits, signed=signed)
+    return replace(one, length=packed_length * 8 // one.bits)

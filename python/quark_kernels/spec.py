@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ class PerChannel:
     axis: int
 
     def __post_init__(self) -> None:
-        check_int("axis", self.axis)
+        object.__setattr__(self, "axis", as_int("axis", self.axis))
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class PerGroup:
     axis: int = -1
 
     def __post_init__(self) -> None:
-        check_int("size", self.size, 1)
-        check_int("axis", self.axis)
+        object.__setattr__(self, "size", as_int("size", self.size, 1))
+        object.__setattr__(self, "axis", as_int("axis", self.axis))
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class PerBlock:
     def __post_init__(self) -> None:
         if not isinstance(self.size, tuple) or len(self.size) != 2:
             raise ValueError(f"PerBlock: size is {self.size!r}; allowed: a pair (rows, columns)")
-        for length in self.size:
-            check_int("size", length, 1)
+        object.__setattr__(self, "size", tuple(as_int("size", length, 1) for length in self.size))
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,17 @@ SCALE_FORMATS = ("float32",)
 SCALE_RULES = ("absmax",)
 
 
-def check_int(name: str, value: object, least: int | None = None) -> None:
-    """Raise unless ``value`` is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def as_int(name: str, value: Any, least: int | None = None) -> int:
+    """Return an integer (NumPy's too) as an int. Raises unless it is one, of at least ``least``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; allowed: an integer") from None
+    if isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; allowed: an integer")
-    if least is not None and value < least:
+    if least is not None and number < least:
         raise ValueError(f"{name} is {value}; allowed: {least} or more")
+    return number
 
 
 def one_of(name: str, value: object, allowed: Any) -> None:
@@ -86,7 +91,8 @@ class QuantSpec:
         scale_format: how scales are stored; ``"float32"``.
         scale_rule: how a dynamic scale follows from its group; None is ``"absmax"``, from the extreme values.
         rounding: ``half_even``, ``half_up``, ``half_away``, ``floor``, ``ceil`` or ``toward_zero``.
-        symmetric: False gives dynamic scales of an integer format a zero point.
+        symmetric: False gives dynamic scales of an integer format a zero point. True by default for every format; the
+            presets ``uint2`` to ``uint16`` have False.
         quant_min: the least code, where it isn't the format's own; integer formats only.
         quant_max: the greatest code, likewise.
 
@@ -112,6 +118,7 @@ class QuantSpec:
         one_of("rounding", self.rounding, ROUNDINGS)
         if self.scale_rule is not None:
             one_of("scale_rule", self.scale_rule, SCALE_RULES)
+            object.__setattr__(self, "scale_rule", None)  # absmax is what None means: one value, one spec
         if not isinstance(self.granularity, Granularity):
             raise TypeError(
                 f"granularity is {self.granularity!r}; allowed: PerTensor(), PerChannel(axis), PerGroup(size, axis), "
@@ -132,7 +139,7 @@ class QuantSpec:
         for name, value in (("quant_min", self.quant_min), ("quant_max", self.quant_max)):
             if value is None:
                 continue
-            check_int(name, value)
+            object.__setattr__(self, name, as_int(name, value))
             if not row.is_integer:
                 raise ValueError(f"{name} is {value}; only integer formats take a range, not {self.format}")
             if not row.lo <= value <= row.hi:
@@ -165,8 +172,6 @@ class QuantSpec:
                 words.append("token")
         if self.scale_format != "float32":
             words.append(f"scale={self.scale_format}")
-        if self.scale_rule is not None:
-            words.append(f"rule={self.scale_rule}")
         return " ".join([*words, *self.core_words()])
 
     def core_words(self) -> list[str]:
@@ -185,10 +190,13 @@ class QuantSpec:
     @classmethod
     def parse(cls, text: str) -> QuantSpec:
         """Read what ``str(spec)`` wrote. Raises ValueError for anything else."""
+        if not isinstance(text, str):
+            raise TypeError(f"text is {text!r}; allowed: a string")
         name, *words = text.split() or [""]
         values: dict[str, Any] = {}
         for word in words:
             key, _, value = word.partition("=")
+            known = len(values)
             try:
                 match key:
                     case "channel":
@@ -203,8 +211,8 @@ class QuantSpec:
                         values["granularity"] = PerToken()
                     case "asymmetric" if not value:
                         values["symmetric"] = False
-                    case "scale" | "rule":
-                        values[f"scale_{'format' if key == 'scale' else 'rule'}"] = value
+                    case "scale":
+                        values["scale_format"] = value
                     case "rounding":
                         values["rounding"] = value
                     case "min" | "max":
@@ -213,6 +221,8 @@ class QuantSpec:
                         raise ValueError
             except ValueError:
                 raise ValueError(f"can't read {word!r} in the spec {text!r}") from None
+            if len(values) == known:
+                raise ValueError(f"{word!r} says again what the spec {text!r} has said before")
         return cls(name, **values)
 
     def to_json(self) -> dict[str, Any]:
@@ -230,10 +240,6 @@ class QuantSpec:
         """Return this spec with the ``axis=`` and ``group_size=`` of a call applied to its granularity."""
         if axis is None and group_size is None:
             return self
-        if axis is not None:
-            check_int("axis", axis)
-        if group_size is not None:
-            check_int("group_size", group_size, 1)
         if self.element.is_cast:
             raise ValueError(f"axis and group_size: {self.format} is a cast and has no scales")
         match self.granularity:
@@ -248,7 +254,8 @@ class QuantSpec:
                 )
             case PerChannel() if group_size is None and axis is not None:
                 return replace(self, granularity=PerChannel(axis))
-        raise ValueError(f"axis is {axis} and group_size is {group_size}; {self.granularity} takes neither")
+        takes = "axis= only" if isinstance(self.granularity, PerChannel) else "neither"
+        raise ValueError(f"axis is {axis} and group_size is {group_size}; {self.granularity} takes {takes}")
 
 
 def _presets() -> dict[str, QuantSpec]:
@@ -266,7 +273,8 @@ def _dtype_formats() -> dict[str, str]:
         if row.bits >= 8 and row.name in PRESETS:
             formats.setdefault(row.storage, row.name)  # the first row that is stored in a dtype has it
     formats |= {name: name for name in ("int2", "int3", "int4", "uint2", "uint4")}
-    return formats | {"float4_e2m1fn": "fp4", "float6_e2m3fn": "fp6_e2m3", "float6_e3m2fn": "fp6_e3m2"}
+    formats |= {"float4_e2m1fn": "fp4", "float4_e2m1fn_x2": "fp4"}
+    return formats | {"float6_e2m3fn": "fp6_e2m3", "float6_e3m2fn": "fp6_e3m2"}
 
 
 DTYPE_FORMATS: dict[str, str] = _dtype_formats()

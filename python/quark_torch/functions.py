@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def _spec(spec: object) -> QuantSpec:
     return as_spec(spec, dtype_name(spec) if isinstance(spec, torch.dtype) else None)
 
 
+def _plan(*arguments: Any, **keywords: Any) -> tuple[QuantSpec, OpSpec]:
+    # Dynamo traces through caches, and warns of it.
+    return schema.plan(*arguments, **keywords, remember=not torch.compiler.is_compiling())
+
+
 def _scales(
     spec: QuantSpec, x: torch.Tensor, scale: Any, zero_point: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -44,11 +50,11 @@ def _scales(
     schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
     if scale is None:
         return None
-    if isinstance(scale, (int, float)):
-        scale = torch.tensor(float(scale), device=x.device)
-    schema.expect_float("scale", dtype_name(_check_tensor("scale", scale).dtype))
-    if isinstance(zero_point, int):
-        zero_point = torch.tensor(zero_point, dtype=torch.int32, device=x.device)
+    if isinstance(scale, numbers.Real):
+        scale = torch.tensor(float(scale), dtype=torch.float32, device=x.device)
+    schema.expect_scale(dtype_name(_check_tensor("scale", scale).dtype))
+    if isinstance(zero_point, numbers.Integral):
+        zero_point = torch.tensor(schema.int32_zero_point(int(zero_point)), dtype=torch.int32, device=x.device)
     if zero_point is not None:
         schema.expect_integer("zero_point", dtype_name(_check_tensor("zero_point", zero_point).dtype))
     shape = tuple(x.shape)
@@ -57,7 +63,8 @@ def _scales(
             raise ValueError(f"{name} is on {t.device}; x is on {x.device}, allowed: the same device")
     scale = scale.reshape(schema.scale_argument_shape("scale", tuple(scale.shape), spec, shape)).float()
     if zero_point is not None:
-        zero_point = zero_point.reshape(schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, shape))
+        normal = schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, shape)
+        zero_point = zero_point.reshape(normal).to(torch.int32)
     return scale, zero_point
 
 
@@ -108,7 +115,7 @@ def quantize(
     """
     x = _check_data("x", x)
     shape = tuple(x.shape)
-    whole, op_spec = schema.plan(_spec(spec), shape, axis, group_size, packed)
+    whole, op_spec = _plan(_spec(spec), shape, axis, group_size, packed)
     given = _scales(whole, x, scale, zero_point)
     if given is None:
         q, s, *z = call("quantize_dynamic", [x.detach()], op_spec)
@@ -116,7 +123,7 @@ def quantize(
     else:
         s, zero = given
         q = call("quantize", [x.detach(), s.detach(), zero], op_spec)
-    zero = None if zero is None else _public(zero, whole, shape).to(torch.int32)
+    zero = None if zero is None else _public(zero, whole, shape)
     return QTensor(q, _public(s, whole, shape), zero, None, None, whole, shape, x.dtype, op_spec.packed)
 
 
@@ -143,7 +150,10 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         raise TypeError(f"dtype is {dtype!r}; allowed: a torch.dtype or None")
     name = dtype_name(q.dtype if dtype is None else dtype)
     schema.expect_float("dtype", name)
-    whole, op_spec = schema.plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
+    whole, op_spec = _plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
+    for part in ("qvalue", "scale", *([] if q.zero_point is None else ["zero_point"])):
+        if _check_tensor(f"q.{part}", getattr(q, part)).device != q.qvalue.device:
+            raise ValueError(f"q.{part} is on {getattr(q, part).device}; q.qvalue is on {q.qvalue.device}")
     zero_part = None if q.zero_point is None else _part(q.zero_point)
     normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
     scale, zero = q.scale.reshape(normal), None if q.zero_point is None else q.zero_point.reshape(normal)
@@ -172,9 +182,10 @@ def fake_quantize(
         zero_point: as for ``quantize``.
         axis: as for ``quantize``.
         group_size: as for ``quantize``.
-        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through; ``"ste"``: always passed
-            through.
-        out: where to write, of x's shape, dtype and device: x itself, or a tensor that doesn't overlap it. No gradient.
+        gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through (float64 rounded to float32);
+            ``"ste"``: always passed through.
+        out: where to write, of x's shape, dtype and device: x itself, or a tensor whose memory range is apart from x's.
+            No gradient.
 
     Returns:
         A tensor of x's shape and dtype (``out`` where given).
@@ -186,7 +197,7 @@ def fake_quantize(
     """
     x = _check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
-    whole, op_spec = schema.plan(_spec(spec), tuple(x.shape), axis, group_size)
+    whole, op_spec = _plan(_spec(spec), tuple(x.shape), axis, group_size)
     given = _scales(whole, x, scale, zero_point)
     if out is not None:
         return _fake_quantize_out(x, given, op_spec, out)
@@ -212,7 +223,10 @@ def _fake_quantize_out(x: torch.Tensor, given: Any, op_spec: OpSpec, out: torch.
     if given is None:
         s, *z = _choose(x, op_spec)
         given = (s, z[0] if z else None)
-    return call_out("fake_quantize", [x, given[0].detach(), given[1]], op_spec, out)
+    try:
+        return call_out("fake_quantize", [x, given[0].detach(), given[1]], op_spec, out)
+    except ValueError as error:
+        raise ValueError(f"out can't be written to: {error}; allowed: x itself, or memory apart from x's") from None
 
 
 def _choose(x: torch.Tensor, op_spec: OpSpec) -> tuple[torch.Tensor, ...]:
@@ -253,7 +267,7 @@ def choose_qparams(
     x = _check_data("x", x)
     one_of("method", method, schema.METHODS)
     shape = tuple(x.shape)
-    whole, op_spec = schema.plan(_spec(spec), shape, axis, group_size)
+    whole, op_spec = _plan(_spec(spec), shape, axis, group_size)
     s, *z = [_public(t, whole, shape) for t in _choose(x, op_spec)]
     return s, z[0] if z else None
 
@@ -275,7 +289,8 @@ def pack(codes: torch.Tensor, bits: int, axis: int = -1) -> torch.Tensor:
 
     """
     codes = _check_bytes("codes", codes)
-    moved = codes.movedim(schema.normal_axis(axis, codes.dim()), -1)
+    axis = schema.normal_axis(axis, codes.dim(), "codes")
+    moved = codes.movedim(axis, -1)
     return call("pack", [moved], schema.codes_spec(bits, length=moved.shape[-1])).movedim(-1, axis)  # type: ignore[no-any-return]
 
 
@@ -297,9 +312,9 @@ def unpack(packed: torch.Tensor, bits: int, axis: int = -1, *, signed: bool) -> 
 
     """
     packed = _check_bytes("packed", packed)
-    moved = packed.movedim(schema.normal_axis(axis, packed.dim()), -1).view(torch.uint8)
-    schema.codes_spec(bits)  # bits must be right before it divides
-    spec = schema.codes_spec(bits, signed=signed, length=schema.unpacked_length(moved.shape[-1], bits))
+    axis = schema.normal_axis(axis, packed.dim(), "packed")
+    moved = packed.movedim(axis, -1).view(torch.uint8)
+    spec = schema.unpack_spec(bits, signed=signed, packed_length=moved.shape[-1])
     return call("unpack", [moved], spec).movedim(-1, axis)  # type: ignore[no-any-return]
 
 
@@ -332,24 +347,49 @@ class _FakeQuantize(torch.autograd.Function):
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         if ctx.gradient == "clipped":
             x, scale, zero_point = ctx.saved_tensors
-            grad = call("fake_quantize_backward", [x, grad, scale, zero_point], ctx.spec)
+            grad = _Clip.apply(grad, x.detach(), scale, zero_point, ctx.spec)  # type: ignore[no-untyped-call]
         return grad, None, None, None, None
+
+
+class _Clip(torch.autograd.Function):
+    """The clipped gradient: linear in ``grad``, so its own gradient is clipped alike; x only says where."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, x: Any, scale: Any, zero_point: Any, spec: OpSpec) -> torch.Tensor:
+        ctx.spec = spec
+        ctx.save_for_backward(x, scale, zero_point)
+        return call("fake_quantize_backward", [x, grad, scale, zero_point], spec)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Clip.apply(grad, *ctx.saved_tensors, ctx.spec), None, None, None, None  # type: ignore[no-untyped-call]
 
 
 class _Dequantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, scale: torch.Tensor, zero_point: Any, spec: OpSpec) -> torch.Tensor:
-        ctx.spec, ctx.scale_dtype = spec, scale.dtype
+        ctx.spec = spec
         ctx.save_for_backward(q, zero_point)
         return call("dequantize", [q, scale, zero_point], spec)  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return None, _DequantizeBackward.apply(grad, *ctx.saved_tensors, ctx.spec), None, None  # type: ignore[no-untyped-call]
+
+
+class _DequantizeBackward(torch.autograd.Function):
+    """The gradient to the scale: linear in ``grad``, and the transpose of dequantize, which is linear in the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, q: torch.Tensor, zero_point: Any, spec: OpSpec) -> torch.Tensor:
+        ctx.spec = spec
+        ctx.save_for_backward(q, zero_point)
+        return call("dequantize_backward", [grad, q, zero_point], spec)  # type: ignore[no-any-return]
+
+    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, zero_point = ctx.saved_tensors
-        dscale = call("dequantize_backward", [grad, q, zero_point], ctx.spec)
-        return None, dscale.to(ctx.scale_dtype), None, None
+        return _Dequantize.apply(q, grad, zero_point, ctx.spec), None, None, None  # type: ignore[no-untyped-call]

@@ -15,6 +15,9 @@ from torch.library import Library, register_fake
 from quark_kernels import _core
 from quark_kernels.schema import OPS, Op, OpSpec, logical_shape, outputs
 
+if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(f"quark_torch can't be used: torch {torch.__version__} is installed; it needs torch >= 2.10")
+
 NAMESPACE = "quark_kernels"
 OPERATORS = torch.ops.quark_kernels
 
