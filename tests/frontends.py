@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from matrix import Case, numpy_dtype
-from quark_kernels import QuantSpec, _core
+from quark_kernels import _core
 from quark_kernels.schema import OPS, OpSpec, codes_spec, op_spec, outputs, scale_shape
 
 
@@ -245,8 +245,3 @@ class Jax(Framework):
             q = self._quantize(case)
             _, back = jax.vjp(lambda s: dataclasses.replace(q, scale=s).dequantize(), q.scale)
             return self._normal(case, back(self.array(case.gradient))[0])
-
-
-def spec_of(format_name: str) -> QuantSpec:
-    """The plain per-tensor spec of a format."""
-    return QuantSpec(format_name)

@@ -100,6 +100,7 @@ std::vector<FormatRow> format_rows() {
 NB_MODULE(_core, m) {
   m.doc() = "The compiled core of quark-kernels. Its functions write into tensors that the caller allocates.";
   m.attr("VERSION") = QUARK_VERSION;
+  m.attr("MAX_RANK") = kMaxRank;
 #define QUARK_OP(name, ins, outs) bind<Op::name>(m);
 #include "../ops.inc"
 #undef QUARK_OP

@@ -74,18 +74,19 @@ Status choose_qparams(Tensors in, Tensors out, const QuantSpec& spec, Executor& 
   return {ErrorKind::memory, "choose_qparams: out of memory for the partial extremes"};
 }
 
-/// choose_qparams, then quantize. The scales are outputs like the codes.
-Status quantize_dynamic(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+/// choose_qparams, then a kernel that takes the scales as inputs. They are outputs of the whole.
+Status choose_then(Kernel kernel, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   if (Status status = choose_qparams(in, out.subspan(1), spec, executor); !status.ok()) return status;
   const TensorView operands[] = {in[0], out[1], out[out.size() - 1]};
-  return quantize(Tensors(operands, out.size()), out.first(1), spec, executor);
+  return kernel(Tensors(operands, out.size()), out.first(1), spec, executor);
 }
 
-/// choose_qparams, then fake_quantize.
+Status quantize_dynamic(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  return choose_then(quantize, in, out, spec, executor);
+}
+
 Status fake_quantize_dynamic(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  if (Status status = choose_qparams(in, out.subspan(1), spec, executor); !status.ok()) return status;
-  const TensorView operands[] = {in[0], out[1], out[out.size() - 1]};
-  return fake_quantize(Tensors(operands, out.size()), out.first(1), spec, executor);
+  return choose_then(fake_quantize, in, out, spec, executor);
 }
 
 /// ds = sum over the group of dx * (q - z), in float64 and in the fixed tree.
@@ -133,29 +134,26 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Execu
   return {};
 }
 
-/// Codes one a byte to a bit stream per row of the last axis. Bits above the width are dropped.
-Status pack(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const TensorView& x = in[0];
-  const int64_t row = last_length(x);
-  const Data from(x);
-  const Codes to(out[0], spec, row);
-  for_each_tile(executor, Tiling(x.elements(), row, spec), [&](int64_t begin, int64_t count) {
+/// Every element of `from` into `to`; one of them is Data, the other Codes.
+template <class From, class To>
+void move_codes(const From& from, const To& to, const Tiling& tiling, Executor& executor) {
+  for_each_tile(executor, tiling, [&](int64_t begin, int64_t count) {
     alignas(64) float buffer[kTile];
     to.store(begin, count, from.load(begin, count, buffer));
   });
+}
+
+/// Codes one a byte to a bit stream per row of the last axis. Bits above the width are dropped.
+Status pack(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  const int64_t row = last_length(in[0]);
+  move_codes(Data(in[0]), Codes(out[0], spec, row), Tiling(in[0].elements(), row, spec), executor);
   return {};
 }
 
 /// A bit stream per row of the last axis to codes one a byte.
 Status unpack(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const TensorView& x = out[0];
-  const int64_t row = last_length(x);
-  const Codes from(in[0], spec, row);
-  const Data to(x);
-  for_each_tile(executor, Tiling(x.elements(), row, spec), [&](int64_t begin, int64_t count) {
-    alignas(64) float buffer[kTile];
-    to.store(begin, count, from.load(begin, count, buffer));
-  });
+  const int64_t row = last_length(out[0]);
+  move_codes(Codes(in[0], spec, row), Data(out[0]), Tiling(out[0].elements(), row, spec), executor);
   return {};
 }
 

@@ -17,7 +17,7 @@ from quark_jax.primitives import call
 from quark_jax.qtensor import QTensor
 from quark_kernels import schema
 from quark_kernels.schema import OpSpec, Shape
-from quark_kernels.spec import QuantSpec, as_spec, one_of
+from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
@@ -49,7 +49,9 @@ def _spec(spec: object) -> QuantSpec:
     return as_spec(spec, None if spec is None else _dtype_name(spec))
 
 
-def _scales(spec: QuantSpec, shape: Shape, scale: Any, zero_point: Any) -> tuple[jax.Array, jax.Array | None] | None:
+def _scales(
+    spec: QuantSpec, op_spec: OpSpec, shape: Shape, scale: Any, zero_point: Any
+) -> tuple[jax.Array, jax.Array | None] | None:
     """The given scale and zero point in normal form; None where the scale is dynamic."""
     schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
     if scale is None:
@@ -60,11 +62,11 @@ def _scales(spec: QuantSpec, shape: Shape, scale: Any, zero_point: Any) -> tuple
         zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
     scale = _check_array("scale", scale)
     schema.expect_scale(scale.dtype.name)
-    scale = scale.reshape(schema.scale_argument_shape("scale", scale.shape, spec, shape))
+    scale = scale.reshape(schema.scale_argument_shape("scale", scale.shape, spec, op_spec, shape))
     if zero_point is not None:
         zero_point = _check_array("zero_point", zero_point)
         schema.expect_integer("zero_point", zero_point.dtype.name)
-        normal = schema.scale_argument_shape("zero_point", zero_point.shape, spec, shape)
+        normal = schema.scale_argument_shape("zero_point", zero_point.shape, spec, op_spec, shape)
         zero_point = zero_point.reshape(normal).astype(np.int32)
     return scale.astype(np.float32), zero_point
 
@@ -73,9 +75,9 @@ def _part(a: jax.Array) -> schema.Part:
     return schema.Part(a.shape, a.dtype.name)
 
 
-def _public(a: jax.Array, spec: QuantSpec, shape: Shape) -> jax.Array:
-    """A scale or zero point in the shape that users see."""
-    return a.reshape(schema.public_scale_shape(spec, shape))
+def _public(a: jax.Array, spec: QuantSpec) -> jax.Array:
+    """A scale or zero point in the shape that users see: 0-d per tensor, else the normal form that it has."""
+    return a.reshape(()) if spec.granularity == PerTensor() else a
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
@@ -118,15 +120,15 @@ def quantize(
     """
     x = _check_data("x", x)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size, packed)
-    given = _scales(whole, x.shape, scale, zero_point)
+    given = _scales(whole, op_spec, x.shape, scale, zero_point)
     if given is None:
         q, s, *z = _quantize_dynamic(x, op_spec)
         zero = z[0] if z else None
     else:
         s, zero = given
         q = _quantize(x, s, zero, op_spec)
-    zero = None if zero is None else _public(zero, whole, x.shape)
-    return QTensor(q, _public(s, whole, x.shape), zero, None, None, whole, x.shape, x.dtype, op_spec.packed)
+    zero = None if zero is None else _public(zero, whole)
+    return QTensor(q, _public(s, whole), zero, None, None, whole, x.shape, x.dtype, op_spec.packed)
 
 
 def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
@@ -161,8 +163,8 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     zero_part = None if q.zero_point is None else _part(q.zero_point)
     normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
     zero = None if q.zero_point is None else q.zero_point.reshape(normal)
-    numbers: jax.Array = _dequantize(q.qvalue, q.scale.reshape(normal), zero, op_spec)
-    return numbers
+    y: jax.Array = _dequantize(q.qvalue, q.scale.reshape(normal), zero, op_spec)
+    return y
 
 
 def fake_quantize(
@@ -198,7 +200,7 @@ def fake_quantize(
     x = _check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
-    s, zero = _scales(whole, x.shape, scale, zero_point) or (None, None)
+    s, zero = _scales(whole, op_spec, x.shape, scale, zero_point) or (None, None)
     y: jax.Array = _fake_quantize(x, s, zero, op_spec, gradient)
     return y
 
@@ -230,7 +232,7 @@ def choose_qparams(
     x = _check_data("x", x)
     one_of("method", method, schema.METHODS)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
-    s, *z = [_public(a, whole, x.shape) for a in _choose_qparams(x, op_spec)]
+    s, *z = [_public(a, whole) for a in _choose_qparams(x, op_spec)]
     return s, z[0] if z else None
 
 

@@ -22,7 +22,6 @@ Shape = tuple[int, ...]
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 INTEGER_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "int64")
-MAX_RANK = 16
 LONGEST = 2**62
 """No axis is longer, so a longer group is none either."""
 METHODS = ("absmax", "minmax")
@@ -118,6 +117,11 @@ class OpSpec:
             return "uint8"
         return FORMATS[self.words[0]].storage
 
+    def scale_shape(self, shape: Shape) -> Shape:
+        """Return the normal form of the scales of data of this shape."""
+        assert self.block is not None
+        return scale_shape(shape, self.block)
+
     @property
     def is_asymmetric(self) -> bool:
         """Whether dynamic scales come with zero points."""
@@ -191,8 +195,8 @@ def normal_axis(axis: int, rank: int, name: str = "x") -> int:
 def block_of(spec: QuantSpec, shape: Shape) -> Shape:
     """Return the normal form of a granularity for data of this shape."""
     rank = len(shape)
-    if rank > MAX_RANK:
-        raise ValueError(f"x has {rank} dimensions; at most {MAX_RANK} are supported")
+    if rank > _core.MAX_RANK:
+        raise ValueError(f"x has {rank} dimensions; at most {_core.MAX_RANK} are supported")
     block = [0] * rank
     match spec.granularity:
         case PerTensor():
@@ -216,11 +220,6 @@ def block_of(spec: QuantSpec, shape: Shape) -> Shape:
 def scale_shape(shape: Shape, block: Shape) -> Shape:
     """Return the shape of the scales, in normal form: x's rank, 1 where shared, ceil where ragged."""
     return tuple(-(-n // b) if b else 1 for n, b in zip(shape, block, strict=True))
-
-
-def public_scale_shape(spec: QuantSpec, shape: Shape) -> Shape:
-    """Return the shape of the scales as users see it: 0-d per tensor, else the normal form."""
-    return () if spec.granularity == PerTensor() else scale_shape(shape, block_of(spec, shape))
 
 
 def packed_shape(shape: Shape, bits: int) -> Shape:
@@ -247,8 +246,7 @@ def _output(kind: str, spec: OpSpec, shape: Shape, dtype: str) -> tuple[Shape, s
         case "q":
             return stored_shape(spec, shape), spec.code_dtype
         case _:
-            assert spec.block is not None
-            return scale_shape(shape, spec.block), "float32" if kind == "s" else "int32"
+            return spec.scale_shape(shape), "float32" if kind == "s" else "int32"
 
 
 def logical_shape(op: Op, spec: OpSpec, shapes: list[Shape]) -> Shape:
@@ -293,13 +291,12 @@ def expect_integer(name: str, dtype: str) -> None:
         raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(INTEGER_DTYPES)}")
 
 
-def scale_argument_shape(name: str, given: Shape, spec: QuantSpec, shape: Shape) -> Shape:
+def scale_argument_shape(name: str, given: Shape, spec: QuantSpec, op_spec: OpSpec, shape: Shape) -> Shape:
     """Return the normal form of the shape of a given scale or zero point.
 
     Allowed are the normal form itself, any shape of one element where there is one scale, and 1-D per channel.
     """
-    block = block_of(spec, shape)
-    normal = scale_shape(shape, block)
+    normal = op_spec.scale_shape(shape)
     if given == normal:
         return normal
     if all(n == 1 for n in normal) and all(n == 1 for n in given):
@@ -346,8 +343,8 @@ def check_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, qvalue: Part, sc
     if zero is not None:
         check_scale_arguments(spec, scale=not spec.element.is_cast, zero_point=True)
         expect_integer("q.zero_point", zero.dtype)
-        scale_argument_shape("q.zero_point", zero.shape, spec, shape)
-    return scale_argument_shape("q.scale", scale.shape, spec, shape)
+        scale_argument_shape("q.zero_point", zero.shape, spec, op_spec, shape)
+    return scale_argument_shape("q.scale", scale.shape, spec, op_spec, shape)
 
 
 def use_packed(spec: QuantSpec, packed: bool | None) -> bool:

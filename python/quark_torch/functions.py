@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from quark_kernels import schema
 from quark_kernels.schema import OpSpec
-from quark_kernels.spec import QuantSpec, as_spec, one_of
+from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 from quark_torch.ops import call, call_out, dtype_name
 from quark_torch.qtensor import QTensor
 
@@ -44,7 +44,7 @@ def _plan(*arguments: Any, **keywords: Any) -> tuple[QuantSpec, OpSpec]:
 
 
 def _scales(
-    spec: QuantSpec, x: torch.Tensor, scale: Any, zero_point: Any
+    spec: QuantSpec, op_spec: OpSpec, x: torch.Tensor, scale: Any, zero_point: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The given scale and zero point in normal form; None where the scale is dynamic."""
     schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
@@ -61,9 +61,9 @@ def _scales(
     for name, t in (("scale", scale), ("zero_point", zero_point)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device}; x is on {x.device}, allowed: the same device")
-    scale = scale.reshape(schema.scale_argument_shape("scale", tuple(scale.shape), spec, shape)).float()
+    scale = scale.reshape(schema.scale_argument_shape("scale", tuple(scale.shape), spec, op_spec, shape)).float()
     if zero_point is not None:
-        normal = schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, shape)
+        normal = schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, op_spec, shape)
         zero_point = zero_point.reshape(normal).to(torch.int32)
     return scale, zero_point
 
@@ -72,9 +72,9 @@ def _part(t: torch.Tensor) -> schema.Part:
     return schema.Part(tuple(t.shape), dtype_name(t.dtype))
 
 
-def _public(t: torch.Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> torch.Tensor:
-    """A scale or zero point in the shape that users see."""
-    return t.reshape(schema.public_scale_shape(spec, shape))
+def _public(t: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """A scale or zero point in the shape that users see: 0-d per tensor, else the normal form that it has."""
+    return t.reshape(()) if spec.granularity == PerTensor() else t
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
@@ -116,15 +116,15 @@ def quantize(
     x = _check_data("x", x)
     shape = tuple(x.shape)
     whole, op_spec = _plan(_spec(spec), shape, axis, group_size, packed)
-    given = _scales(whole, x, scale, zero_point)
+    given = _scales(whole, op_spec, x, scale, zero_point)
     if given is None:
         q, s, *z = call("quantize_dynamic", [x.detach()], op_spec)
         zero = z[0] if z else None
     else:
         s, zero = given
         q = call("quantize", [x.detach(), s.detach(), zero], op_spec)
-    zero = None if zero is None else _public(zero, whole, shape)
-    return QTensor(q, _public(s, whole, shape), zero, None, None, whole, shape, x.dtype, op_spec.packed)
+    zero = None if zero is None else _public(zero, whole)
+    return QTensor(q, _public(s, whole), zero, None, None, whole, shape, x.dtype, op_spec.packed)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -198,7 +198,7 @@ def fake_quantize(
     x = _check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
     whole, op_spec = _plan(_spec(spec), tuple(x.shape), axis, group_size)
-    given = _scales(whole, x, scale, zero_point)
+    given = _scales(whole, op_spec, x, scale, zero_point)
     if out is not None:
         return _fake_quantize_out(x, given, op_spec, out)
     s, zero = given if given is not None else (None, None)
@@ -268,7 +268,7 @@ def choose_qparams(
     one_of("method", method, schema.METHODS)
     shape = tuple(x.shape)
     whole, op_spec = _plan(_spec(spec), shape, axis, group_size)
-    s, *z = [_public(t, whole, shape) for t in _choose(x, op_spec)]
+    s, *z = [_public(t, whole) for t in _choose(x, op_spec)]
     return s, z[0] if z else None
 
 

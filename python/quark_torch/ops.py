@@ -22,17 +22,11 @@ NAMESPACE = "quark_kernels"
 OPERATORS = torch.ops.quark_kernels
 
 _library = Library(NAMESPACE, "DEF")
-_SERIAL = 65536
-"""Elements; below, waking another thread costs more than it saves."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return NumPy's (or ml_dtypes') name of a torch dtype, which is torch's own."""
     return str(dtype).removeprefix("torch.")
-
-
-def _threads(x: torch.Tensor) -> int:
-    return torch.get_num_threads() if x.numel() >= _SERIAL else 1
 
 
 def _allocate(op: Op, tensors: Sequence[torch.Tensor], text: str) -> tuple[torch.Tensor, ...]:
@@ -55,7 +49,7 @@ def _kernel(op: Op) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         *tensors, text = arguments
         outs = _allocate(op, tensors, text)
-        core(tuple(tensors), outs, text, _threads(tensors[0]))
+        core(tuple(tensors), outs, text, torch.get_num_threads())
         return _result(outs)
 
     return run
@@ -74,7 +68,7 @@ def _kernel_out(op: Op) -> Callable[..., None]:
 
     def run(*arguments: Any) -> None:
         *tensors, text, out = arguments
-        core(tuple(tensors), (out,), text, _threads(tensors[0]))
+        core(tuple(tensors), (out,), text, torch.get_num_threads())
 
     return run
 
