@@ -11,7 +11,7 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-cpp test-clang lint format stubs bench harden clean
+.PHONY: demo test test-python test-cpp test-clang lint format generated bench harden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
@@ -70,9 +70,11 @@ format: $(VENV)/.test-tools
 	$(BIN)/ruff check --fix $(PY)
 	$(BIN)/ruff format $(PY)
 
-stubs: $(VENV)/.installed $(VENV)/.test-tools
+# What is written from the compiled core: the stub of the module, the table of formats.
+generated: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python -m nanobind.stubgen -q -m quark_kernels._core -o python/quark_kernels/_core.pyi
 	$(BIN)/ruff format --quiet python/quark_kernels/_core.pyi
+	$(BIN)/python scripts/format_table.py
 
 # ---- long forms ------------------------------------------------------------------------------------------------------
 

@@ -222,8 +222,9 @@ struct Data {
   }
 };
 
-/// The largest finite value of a dtype that data may have (float64 is computed in float32).
-inline float limit_of(DType dtype) {
+/// Where results of a dtype saturate: its largest finite value (float64 is computed in float32), or nowhere.
+inline float limit_of(DType dtype, const QuantSpec& spec) {
+  if (spec.ieee) return float_of(kInfinity);
   if (dtype == DType::float16) return 65504.0f;
   if (dtype == DType::bfloat16) return 0x1.fep127f;
   return float_of(kMaxFinite);
@@ -274,7 +275,12 @@ class Scales {
 
 // ---- the elementwise loops ----------------------------------------------------------------------------------------
 
+// What a loop does with one element. `other` is the second data operand, where there is one: a gradient, or the partner
+// in a pair. kOrders: the body serves every order of computing, not just that of the everyday functions; kPairs: and
+// shared exponents.
+
 struct QuantizeBody {
+  static constexpr bool kOrders = true, kPairs = false;
   template <Arithmetic A, Rounding R>
   static QUARK_INLINE float apply(float x, float, float s, float z, float, const Grid& g) {
     return quantize_value<A, R>(x, s, z, g);
@@ -282,41 +288,45 @@ struct QuantizeBody {
 };
 
 struct FakeQuantizeBody {
+  static constexpr bool kOrders = true, kPairs = true;
   template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float x, float, float s, float z, float limit, const Grid& g) {
+  static QUARK_INLINE float apply(float x, float other, float s, float z, float limit, const Grid& g) {
+    if constexpr (A == Arithmetic::shared_exponent) return shared_exponent_value<R>(x, other, s, limit, g);
     return fake_quantize_value<A, R>(x, s, z, limit, g);
   }
 };
 
 struct FakeQuantizeBackwardBody {
+  static constexpr bool kOrders = false;
   template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float x, float grad, float s, float z, float, const Grid& g) {
-    return is_inside<A, R>(x, s, z, g) ? grad : 0.0f;
+  static QUARK_INLINE float apply(float x, float other, float s, float z, float, const Grid& g) {
+    return is_inside<A, R>(x, s, z, g) ? other : 0.0f;
   }
 };
 
 struct DequantizeBody {
+  static constexpr bool kOrders = false;
   template <Arithmetic A, Rounding R>
   static QUARK_INLINE float apply(float y, float, float s, float z, float limit, const Grid&) {
     return dequantize_value<A>(y, s, z, limit);
   }
 };
 
-using TileLoop = void (*)(const float* x, const float* grad, float* out, int64_t n, const TileScales&, float limit,
+using TileLoop = void (*)(const float* x, const float* other, float* out, int64_t n, const TileScales&, float limit,
                           const Grid&);
 
 template <class Body, Arithmetic A, Rounding R>
-void tile_loop(const float* x, const float* grad, float* out, int64_t n, const TileScales& scales, float limit,
+void tile_loop(const float* x, const float* other, float* out, int64_t n, const TileScales& scales, float limit,
                const Grid& grid) {
   const Grid g = grid;  // a copy that no store can alias
   if (scales.uniform) {
     const float s = scales.s[0], z = scales.z[0];
     QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<A, R>(x[i], grad[i], s, z, limit, g);
+    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<A, R>(x[i], other[i], s, z, limit, g);
   } else {
     const float *s = scales.s, *z = scales.z;
     QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<A, R>(x[i], grad[i], s[i], z[i], limit, g);
+    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<A, R>(x[i], other[i], s[i], z[i], limit, g);
   }
 }
 
@@ -331,14 +341,25 @@ TileLoop tile_loop_for(Rounding rounding) {
   return nullptr;
 }
 
-/// The loop for a spec. Casts round to nearest even only.
+/// The loop for a spec and x's dtype. What can only round to nearest even has one loop.
 template <class Body>
-TileLoop tile_loop_for(const QuantSpec& spec, bool has_zero_point) {
+TileLoop tile_loop_for(const QuantSpec& spec, DType data, bool has_zero_point) {
+  constexpr Rounding kNearest = Rounding::half_even;
   const Format& f = spec.format;
-  if (f.storage == DType::float16) return tile_loop<Body, Arithmetic::float16, Rounding::half_even>;
-  if (f.storage == DType::bfloat16) return tile_loop<Body, Arithmetic::bfloat16, Rounding::half_even>;
+  if (f.storage == DType::float16) return tile_loop<Body, Arithmetic::float16, kNearest>;
+  if (f.storage == DType::bfloat16) return tile_loop<Body, Arithmetic::bfloat16, kNearest>;
+  if constexpr (Body::kOrders) {
+    if constexpr (Body::kPairs)
+      if (spec.shares_exponent()) return tile_loop<Body, Arithmetic::shared_exponent, kNearest>;
+    if (spec.narrow && data == DType::float16) return tile_loop<Body, Arithmetic::minifloat_float16, kNearest>;
+    if (spec.narrow && data == DType::bfloat16) return tile_loop<Body, Arithmetic::minifloat_bfloat16, kNearest>;
+    if (spec.reciprocal && spec.shifted) return tile_loop_for<Body, Arithmetic::reciprocal_shifted>(spec.rounding);
+    if (spec.reciprocal) return tile_loop_for<Body, Arithmetic::reciprocal>(spec.rounding);
+    if (spec.shifted) return tile_loop_for<Body, Arithmetic::shifted>(spec.rounding);
+  }
   if (!f.is_integer()) return tile_loop_for<Body, Arithmetic::minifloat>(spec.rounding);
-  if (has_zero_point) return tile_loop_for<Body, Arithmetic::affine>(spec.rounding);
+  // A range of more than 16 bits is beyond the shortcut of `integer`.
+  if (has_zero_point || spec.ieee) return tile_loop_for<Body, Arithmetic::affine>(spec.rounding);
   return tile_loop_for<Body, Arithmetic::integer>(spec.rounding);
 }
 

@@ -43,6 +43,7 @@ inline constexpr uint32_t kMinNormal = 0x00800000u;
 QUARK_INLINE uint32_t sign_of(float x) { return bits_of(x) & kSign; }
 QUARK_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
 QUARK_INLINE bool is_nan(float x) { return x != x; }
+QUARK_INLINE bool is_finite(float x) { return (bits_of(x) & ~kSign) < kInfinity; }
 /// The one NaN that is ever written, with the sign of x.
 QUARK_INLINE float nan_like(float x) { return float_of(kNaN | sign_of(x)); }
 /// NaN passes through; never fminf/fmaxf, which drop it.
@@ -50,6 +51,11 @@ QUARK_INLINE float clamp(float x, float lo, float hi) {
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
 }
+
+/// 2^e for e from -149 to 127.
+QUARK_INLINE float power_of_two(int32_t e) { return float_of(e >= -126 ? uint32_t(e + 127) << 23 : 1u << (e + 149)); }
+/// The exponent of a normal number, by its bits; of zero and subnormals -127.
+QUARK_INLINE int32_t exponent_field(uint32_t magnitude) { return int32_t(magnitude >> 23) - 127; }
 
 // ---- 16-bit floats ------------------------------------------------------------------------------------------------
 
@@ -91,9 +97,15 @@ struct Grid {
   uint32_t nan, nan_sign;  ///< quantized NaN: these bits, with the input's sign where nan_sign is kSign
   uint32_t nan_code;       ///< the code written for NaN, but for the sign
   uint32_t nan_from, inf_at;  ///< read: magnitude codes that are NaN (from here up), and infinity
+  // Shared exponents:
+  int32_t code_exponent;   ///< a code of a block with exponent E is worth 2^(E + code_exponent)
+  int32_t least_exponent;  ///< E of a block of zeros and (of x's dtype) subnormals
+  float pair_below;        ///< times the block's scale: pairs below it have half the scale; 0: there are no pairs
+  uint32_t non_finite;     ///< mask of what stays of infinities and NaN
 };
 
-QUARK_INLINE Grid make_grid(const QuantSpec& spec) {
+/// `data` is the dtype that x has.
+QUARK_INLINE Grid make_grid(const QuantSpec& spec, DType data = DType::float32) {
   constexpr uint32_t kNever = 0xffffffffu;
   const Format& f = spec.format;
   const bool has_nan = f.specials != Specials::none;
@@ -104,13 +116,18 @@ QUARK_INLINE Grid make_grid(const QuantSpec& spec) {
   g.hi = f.is_integer() ? spec.quant_max : f.hi;
   g.min_exp = uint32_t(f.min_exp + 127) << 23;
   g.mantissa = f.mantissa_bits;
-  g.plus_zero = has_minus_zero ? -0.0f : 0.0f;
-  g.nan = has_nan ? kNaN : 0;
+  g.plus_zero = has_minus_zero && !spec.plus_zero ? -0.0f : 0.0f;
+  g.nan = has_nan || spec.ieee ? kNaN : 0;
   g.nan_sign = has_nan && f.specials != Specials::fnuz ? kSign : 0;
   g.nan_code = f.specials == Specials::fnuz ? top + 1 : top;
   g.nan_from = g.inf_at = kNever;
   if (f.specials == Specials::nan) g.nan_from = top;
   if (f.specials == Specials::ieee) g.inf_at = top - ((1u << f.mantissa_bits) - 1u), g.nan_from = g.inf_at + 1;
+  const bool has_pairs = spec.scale_format == ScaleFormat::microexponents;
+  g.code_exponent = 2 - f.bits;
+  g.least_exponent = !has_pairs ? -149 - g.code_exponent : data == DType::float16 ? -15 : -127;
+  g.pair_below = has_pairs ? power_of_two(-g.code_exponent) : 0.0f;
+  g.non_finite = has_pairs ? ~0u : 0u;
   return g;
 }
 
@@ -165,25 +182,59 @@ QUARK_INLINE float round_to_grid(float v, const Grid& g) {
 
 // ---- quantize -----------------------------------------------------------------------------------------------------
 
-/// How one element is computed. `affine` is `integer` with a zero point.
-enum class Arithmetic : uint8_t { integer, affine, minifloat, float16, bfloat16 };
+/// How one element is computed, v being the quotient.
+enum class Arithmetic : uint8_t {
+  integer,             ///< R(v)
+  affine,              ///< R(v) + z
+  shifted,             ///< R(v + z)
+  reciprocal,          ///< affine, with v = x * (1 / s)
+  reciprocal_shifted,  ///< shifted, with v = x * (1 / s)
+  shared_exponent,     ///< R(v), scales halved for some pairs
+  minifloat,           ///< R(v) on a float grid
+  minifloat_float16,   ///< the same, with v rounded to float16
+  minifloat_bfloat16,  ///< the same, with v rounded to bfloat16
+  float16,             ///< the cast
+  bfloat16,
+};
+
+/// z enters, before or after rounding.
+constexpr bool has_zero(Arithmetic a) { return a >= Arithmetic::affine && a <= Arithmetic::reciprocal_shifted; }
+constexpr bool adds_before(Arithmetic a) { return a == Arithmetic::shifted || a == Arithmetic::reciprocal_shifted; }
+constexpr bool is_minifloat(Arithmetic a) { return a >= Arithmetic::minifloat && a <= Arithmetic::minifloat_bfloat16; }
+
+/// v = x / s.
+template <Arithmetic A>
+QUARK_INLINE float quotient(float x, float s) {
+  const float v = x / s;
+  if constexpr (A == Arithmetic::reciprocal || A == Arithmetic::reciprocal_shifted) {
+    const float inverse = 1.0f / s;  // infinite from 2^-128 down
+    return magnitude(inverse) == float_of(kInfinity) ? v : x * inverse;
+  }
+  if constexpr (A == Arithmetic::minifloat_float16) return from_float16(to_float16(v));
+  if constexpr (A == Arithmetic::minifloat_bfloat16) return from_bfloat16(to_bfloat16(v));
+  return v;
+}
 
 /// The code of x as a float: integers the code itself, other formats the value that the code stands for.
-/// v = x / s; integers: clamp(R(v) + z, lo, hi), others: R(clamp(v, lo, hi)). NaN: NaN where the format has one, else
-/// the code of zero.
+/// Integers: clamp(R(v) + z, lo, hi) or clamp(R(v + z), lo, hi), others: R(clamp(v, lo, hi)). NaN: NaN where the
+/// format has one, else the code of zero.
 template <Arithmetic A, Rounding R>
 QUARK_INLINE float quantize_value(float x, float s, float z, const Grid& g) {
-  const float v = x / s;
+  const float v = quotient<A>(x, s);
   if constexpr (A == Arithmetic::integer) {
-    const float t = is_nan(v) ? 0.0f : v;
+    const float t = is_nan(v) ? float_of(g.nan) : v;
     return round_small_to_integer<R>(clamp(t, g.lo, g.hi)) + 0.0f;  // -0 becomes +0
   }
-  if constexpr (A == Arithmetic::affine) {
-    const float t = is_nan(v) ? 0.0f : v;
+  if constexpr (adds_before(A)) {
+    const float t = (is_nan(v) ? float_of(g.nan) : v) + z;
+    return round_to_integer<R>(clamp(is_nan(t) ? float_of(g.nan) : t, g.lo, g.hi)) + 0.0f;
+  }
+  if constexpr (has_zero(A)) {
+    const float t = is_nan(v) ? float_of(g.nan) : v;
     return clamp(round_to_integer<R>(clamp(t, g.lo - z, g.hi - z)) + z, g.lo, g.hi);
   }
   float y = v;
-  if constexpr (A == Arithmetic::minifloat) y = round_to_grid<R>(clamp(v, g.lo, g.hi), g);
+  if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, g.lo, g.hi), g);
   if constexpr (A == Arithmetic::float16) y = from_float16(to_float16(v));
   if constexpr (A == Arithmetic::bfloat16) y = from_bfloat16(to_bfloat16(v));
   return is_nan(v) ? float_of(g.nan | (sign_of(x) & g.nan_sign)) : y;
@@ -193,14 +244,14 @@ QUARK_INLINE float quantize_value(float x, float s, float z, const Grid& g) {
 /// [lo, hi]. NaN isn't.
 template <Arithmetic A, Rounding R>
 QUARK_INLINE bool is_inside(float x, float s, float z, const Grid& g) {
-  const float v = x / s;
+  const float v = quotient<A>(x, s);
   if constexpr (A == Arithmetic::integer || A == Arithmetic::affine) {
     // Two codes past the end are as far outside as infinity.
     const float q = round_to_integer<R>(clamp(v, g.lo - z - 2.0f, g.hi - z + 2.0f)) + z;
     return q >= g.lo && q <= g.hi;
   }
   float y = v;
-  if constexpr (A == Arithmetic::minifloat) y = round_to_grid<R>(clamp(v, 4.0f * g.lo, 4.0f * g.hi), g);
+  if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, 4.0f * g.lo, 4.0f * g.hi), g);
   if constexpr (A == Arithmetic::float16) y = from_float16(to_float16(v));
   if constexpr (A == Arithmetic::bfloat16) y = from_bfloat16(to_bfloat16(v));
   return !is_nan(v) && y >= g.lo && y <= g.hi;
@@ -213,9 +264,9 @@ QUARK_INLINE bool is_inside(float x, float s, float z, const Grid& g) {
 template <Arithmetic A>
 QUARK_INLINE float dequantize_value(float y, float s, float z, float limit) {
   float product = y * s;
-  if constexpr (A == Arithmetic::affine) product = (y - z) * s;
+  if constexpr (has_zero(A)) product = (y - z) * s;
   float bound = limit;
-  if constexpr (A != Arithmetic::integer && A != Arithmetic::affine)
+  if constexpr (A != Arithmetic::integer && !has_zero(A))
     bound = magnitude(y) == float_of(kInfinity) ? float_of(kInfinity) : limit;
   return is_nan(product) ? nan_like(y) : clamp(product, -bound, bound);
 }
@@ -225,6 +276,47 @@ template <Arithmetic A, Rounding R>
 QUARK_INLINE float fake_quantize_value(float x, float s, float z, float limit, const Grid& g) {
   const float y = dequantize_value<A>(quantize_value<A, R>(x, s, z, g), s, z, limit);
   return is_nan(x) ? nan_like(x) : y;
+}
+
+/// One element of a block that shares an exponent, rounded: clamp(R(x / t), lo, hi) * t. t is the block's scale s, or
+/// half of it where x and its partner both lie below the block's power of two. (In a block of subnormals nothing does:
+/// their exponent fields are all the same.)
+template <Rounding R>
+QUARK_INLINE float shared_exponent_value(float x, float partner, float s, float limit, const Grid& g) {
+  const float least = power_of_two(g.least_exponent + g.code_exponent);
+  const float below = s > least ? s * g.pair_below : 0.0f;
+  const float own = is_finite(x) ? magnitude(x) : 0.0f;
+  const float other = is_finite(partner) ? magnitude(partner) : 0.0f;
+  const float t = own < below && other < below ? s * 0.5f : s;
+  const float q = round_small_to_integer<R>(clamp(x / t, g.lo, g.hi)) + 0.0f;
+  const float kept = float_of((is_nan(x) ? bits_of(nan_like(x)) : bits_of(x)) & g.non_finite);
+  return is_finite(x) ? clamp(q * t, -limit, limit) : kept;
+}
+
+// ---- learned scales -----------------------------------------------------------------------------------------------
+
+/// What one element contributes to the gradients of x and of the scale: dx = grad inside the range, else 0, and the
+/// product weight * slope, exact in float64, whose sum over a group is d/ds.
+struct Slope {
+  float dx, weight, slope;
+};
+
+/// slope = R(v) - v inside (shifted: of v + z), lo - z below, hi - z above. NaN isn't inside, below or above.
+/// LSQ: arXiv 1902.08153. TQT: arXiv 1903.08066.
+template <Arithmetic A, Rounding R>
+QUARK_INLINE Slope slope_of(float x, float grad, float s, float z, const Grid& g) {
+  const float v = adds_before(A) ? quotient<A>(x, s) + z : quotient<A>(x, s);
+  const float rounded = round_to_integer<R>(v);
+  const float r = adds_before(A) ? rounded : rounded + z;
+  const bool is_below = r<g.lo, is_above = r> g.hi;
+  const float slope = is_below ? g.lo - z : is_above ? g.hi - z : rounded - v;
+  return {r >= g.lo && r <= g.hi ? grad : 0.0f, is_nan(r) ? 0.0f : grad, is_nan(r) ? 0.0f : slope};
+}
+
+/// TQT's scale: 2^ceil(t) / domain, ceil(t) from -126 to 127.
+QUARK_INLINE float threshold_scale(float t, float domain) {
+  const float e = clamp(round_to_integer<Rounding::ceil>(t), -126.0f, 127.0f);
+  return is_nan(t) ? float_of(kNaN) : power_of_two(int32_t(is_nan(t) ? 0.0f : e)) / domain;
 }
 
 // ---- minifloat codes ----------------------------------------------------------------------------------------------
@@ -288,6 +380,37 @@ QUARK_INLINE ScaleAndZero scale_from_bounds(uint32_t low, uint32_t high, bool sy
   s = amax >= kInfinity ? float_of(kNaN) : amax == 0 ? 1.0f : at_least_normal(s);
   const float below = amax >= kInfinity ? 0.0f : round_to_integer<Rounding::half_even>(lo / s);
   return {s, int32_t(symmetric ? 0.0f : clamp(g.lo + below, g.lo, g.hi))};
+}
+
+// ---- power-of-two scales ------------------------------------------------------------------------------------------
+
+/// Bits of |x|, for unsigned maxima: NaN > inf > finite.
+QUARK_INLINE uint32_t magnitude_key(float x) { return bits_of(x) & ~kSign; }
+/// The same, but infinities and NaN count as 0.
+QUARK_INLINE uint32_t finite_key(float x) { return is_finite(x) ? magnitude_key(x) : 0u; }
+
+/// The exponent that x asks of its block, plus 150; 0 for zero. A positive x whose code would be rounded up past the
+/// last one, 2^(bits - 1) - 1, asks for the next exponent. Infinities and NaN count as 0.
+QUARK_INLINE uint32_t exponent_key(float x, const Grid& g) {
+  const uint32_t m = finite_key(x);
+  // Exponents from -149: subnormals are normalized by the conversion of their integer.
+  const uint32_t subnormal = m == 0 ? 0u : bits_of(float(int32_t(m))) - (126u << 23);
+  const uint32_t wide = m >= kMinNormal ? m + (23u << 23) : subnormal;
+  const uint32_t dropped = uint32_t(23 + g.code_exponent);  // bits - 1 significant bits stay
+  const uint32_t rounded = wide + (1u << (dropped - 1)) - 1u + ((wide >> dropped) & 1u);
+  return (sign_of(x) || m == 0 ? wide : rounded) >> 23;
+}
+
+/// E8M0's floor rule: 2^clamp(E - emax, -127, 127) with amax = 2^E * m, hi = 2^emax * m'. Zero: 2^-127. NaN or inf in
+/// the group: NaN. Subnormals have exponents below every clamp but that of emax = 0, where -127 is right as well.
+QUARK_INLINE float e8m0_scale(uint32_t amax, const Grid& g) {
+  const int32_t e = exponent_field(amax) - exponent_field(bits_of(g.hi));
+  return amax >= kInfinity ? float_of(kNaN) : power_of_two(e < -127 ? -127 : e > 127 ? 127 : e);
+}
+
+/// The value of code 1 in a block with exponent E.
+QUARK_INLINE float exponent_scale(int32_t e, const Grid& g) {
+  return power_of_two((e < g.least_exponent ? g.least_exponent : e) + g.code_exponent);
 }
 
 }  // namespace

@@ -90,6 +90,8 @@ class Checker {
       if (Status s = check_kind(in_[i], row_.ins[i], "input " + std::to_string(i), false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
       if (Status s = check_kind(out_[i], row_.outs[i], "output " + std::to_string(i), true); !s.ok()) return s;
+    if (std::strchr(row_.ins, 'n'))
+      if (Status s = check_learned(); !s.ok()) return s;
     return check_overlaps();
   }
 
@@ -150,16 +152,21 @@ class Checker {
       case 'x':
         if (!is_float(t.dtype)) return wrong_dtype(t, name, "float32, float16, bfloat16 or float64");
         return expect_shape(t, shape_, rank_, name);
+      case 'n':
+        if (t.dtype != DType::float32) return wrong_dtype(t, name, "float32");
+        if (t.elements() == 1) return {};
+        return value_error(here(name) + " has shape " + text_of(t) + "; expected one element");
       case 'c':
         if (t.dtype != DType::int8 && t.dtype != DType::uint8) return wrong_dtype(t, name, "int8 or uint8");
         return expect_shape(t, shape_, rank_, name);
-      case 'q': return check_codes(t, name);
+      case 'q': return check_codes(t, name, is_output);
       case 's':
         if (is_output ? t.dtype != DType::float32 : !is_float(t.dtype))
           return wrong_dtype(t, name, is_output ? "float32" : "a float dtype");
         return check_scales(t, name, is_output);
       default:
-        if (is_output ? t.dtype != DType::int32 : !is_integer(t.dtype))
+        if (is_output ? t.dtype != DType::int32
+                      : !is_integer(t.dtype) && !(t.dtype == DType::float32 && takes_float_zero()))
           return wrong_dtype(t, name, is_output ? "int32" : "an integer dtype");
         if (!spec_.format.is_integer())
           return value_error(here(name) + ": " + spec_.format.name + " has no zero point");
@@ -167,10 +174,17 @@ class Checker {
     }
   }
 
-  Status check_codes(const TensorView& t, const std::string& name) const {
+  /// A floating zero point has no place in codes, unless it is added before rounding.
+  bool takes_float_zero() const { return spec_.shifted || !std::strchr(row_.outs, 'q'); }
+
+  Status check_codes(const TensorView& t, const std::string& name, bool is_output) const {
     const DType wanted = spec_.packed ? DType::uint8 : spec_.format.storage;
-    if (t.dtype != wanted && !(spec_.format.is_fp8() && t.dtype == DType::uint8))
-      return wrong_dtype(t, name, name_of(wanted));
+    const bool is_wide = spec_.ieee && spec_.format.is_integer() && !spec_.packed;
+    if (is_wide && is_output && t.dtype != DType::int32) return wrong_dtype(t, name, "int32");
+    if (is_wide ? !is_integer(t.dtype) : t.dtype != wanted && !(spec_.format.is_fp8() && t.dtype == DType::uint8))
+      return wrong_dtype(t, name, is_wide ? "an integer dtype" : name_of(wanted));
+    if (spec_.shares_exponent())
+      return {ErrorKind::unsupported, here(name) + ": codes that share an exponent can't be stored yet"};
     if (!spec_.packed) return expect_shape(t, shape_, rank_, name);
     int64_t shape[kMaxRank] = {1};
     std::memcpy(shape, shape_, sizeof(int64_t) * size_t(rank_));
@@ -189,6 +203,20 @@ class Checker {
     if (is_output && !is_contiguous(t)) return value_error(here(name) + " must be contiguous");
     if (n == 1 && t.elements() == 1) return {};  // any shape of one element
     return expect_shape(t, shape, rank_, name);
+  }
+
+  /// What the operators with learned scales need besides.
+  Status check_learned() const {
+    for (int d = 0; d < rank_; ++d)
+      if (spec_.block[d] > 0 && shape_[d] > spec_.block[d] && shape_[d] % spec_.block[d] != 0)
+        return value_error(here("axis ") + std::to_string(d) + " has length " + std::to_string(shape_[d]) +
+                           "; expected a multiple of the group's, " + std::to_string(spec_.block[d]));
+    if (!spec_.format.is_integer() || spec_.shares_exponent())
+      return value_error(here("the format is ") + spec_.format.name + "; expected an integer one");
+    if (!std::string_view(row_.name).starts_with("tqt")) return {};
+    const auto domain = *static_cast<const float*>(in_[size_t(std::strchr(row_.ins, 'n') - row_.ins)].data);
+    if (domain >= 1.0f && domain <= 0x1p22f && float(int32_t(domain)) == domain) return {};
+    return value_error(here("domain is ") + std::to_string(domain) + "; allowed: an integer from 1 to 2^22");
   }
 
   Status expect_shape(const TensorView& t, const int64_t* shape, int rank, const std::string& name) const {

@@ -12,21 +12,52 @@ namespace {
 
 // ---- extremes -----------------------------------------------------------------------------------------------------
 
-/// What a reduction keeps per scale: bits of max(-x, 0) and of max(x, 0).
+/// What a reduction keeps per scale: two numbers that an unsigned maximum orders.
 struct Extremes {
   uint32_t low, high;
 };
 
 QUARK_INLINE uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
+QUARK_INLINE Extremes max(const Extremes& a, const Extremes& b) { return {max(a.low, b.low), max(a.high, b.high)}; }
 
-inline Extremes extremes_of(const float* x, int64_t n) {
+// What one element is to the scale of its group, by the scale's format.
+
+/// Bits of max(-x, 0) and of max(x, 0).
+struct BoundsKey {
+  static QUARK_INLINE Extremes of(float x, const Grid&) { return {below_zero(x), above_zero(x)}; }
+};
+struct MagnitudeKey {
+  static QUARK_INLINE Extremes of(float x, const Grid&) { return {0, magnitude_key(x)}; }
+};
+struct FiniteKey {
+  static QUARK_INLINE Extremes of(float x, const Grid&) { return {0, finite_key(x)}; }
+};
+struct ExponentKey {
+  static QUARK_INLINE Extremes of(float x, const Grid& g) { return {0, exponent_key(x, g)}; }
+};
+
+template <class Key>
+Extremes extremes_of(const float* x, int64_t n, const Grid& grid) {
+  const Grid g = grid;
   uint32_t low = 0, high = 0;
   QUARK_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    low = max(low, below_zero(x[i]));
-    high = max(high, above_zero(x[i]));
+    const Extremes e = Key::of(x[i], g);
+    low = max(low, e.low);
+    high = max(high, e.high);
   }
   return {low, high};
+}
+
+/// A group's scale and zero point from its extremes.
+QUARK_INLINE ScaleAndZero scale_of(const Extremes& e, const QuantSpec& spec, const Grid& g) {
+  switch (spec.scale_format) {
+    case ScaleFormat::e8m0: return {e8m0_scale(e.high, g), 0};
+    case ScaleFormat::exponent: return {exponent_scale(int32_t(e.high) - 150, g), 0};
+    case ScaleFormat::microexponents: return {exponent_scale(exponent_field(e.high), g), 0};
+    case ScaleFormat::float32: break;
+  }
+  return spec.format.is_cast() ? ScaleAndZero{1.0f, 0} : scale_from_bounds(e.low, e.high, spec.symmetric, g);
 }
 
 /// Raises *to to at least `value`; threads may race.
@@ -52,78 +83,92 @@ struct OffsetRange {
   }
 };
 
+/// One reduction of x to its groups' extremes, which end up in the outputs' memory: `low` and `high` have an entry per
+/// scale, and may be the same, where one maximum of both is enough.
+struct Reduction {
+  Data data;
+  Walk walk;
+  int64_t elements;
+  Grid grid;
+  uint32_t *low, *high;
+  bool out_of_memory;
+
+  /// Tiles [first, last), into accumulators of this thread's own, then into the outputs.
+  template <class Key>
+  void run(int64_t first, int64_t last) {
+    const int64_t begin = first * kTile, end = min(last * kTile, elements);
+    const OffsetRange range(walk, begin, end);
+    auto* mine = static_cast<Extremes*>(std::calloc(size_t(range.count), sizeof(Extremes)));
+    if (!mine) {
+      __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+      return;
+    }
+    const Grid g = grid;
+    alignas(64) float buffer[kTile];
+    for (int64_t at = begin; at < end; at += kTile) {
+      const int64_t n = min(kTile, end - at);
+      const float* values = data.load(at, n, buffer);
+      walk.runs(at, n, [&](int64_t position, int64_t offset, int64_t count, int64_t stride) {
+        Extremes* to = mine + (offset - range.first);
+        if (stride == 0) {
+          *to = max(*to, extremes_of<Key>(values + position, count, g));
+          return;
+        }
+        QUARK_VECTORIZE
+        for (int64_t i = 0; i < count; ++i) to[i * stride] = max(to[i * stride], Key::of(values[position + i], g));
+      });
+    }
+    for (int64_t i = 0; i < range.count; ++i) {
+      raise(high + range.first + i, mine[i].high);
+      raise(low + range.first + i, mine[i].low);
+    }
+    std::free(mine);
+  }
+
+  template <class Key>
+  static void chunk(void* self, int64_t first, int64_t last) {
+    static_cast<Reduction*>(self)->run<Key>(first, last);
+  }
+};
+
+inline Executor::Chunk reduction_for(ScaleFormat format) {
+  switch (format) {
+    case ScaleFormat::float32: return Reduction::chunk<BoundsKey>;
+    case ScaleFormat::e8m0: return Reduction::chunk<MagnitudeKey>;
+    case ScaleFormat::exponent: return Reduction::chunk<ExponentKey>;
+    case ScaleFormat::microexponents: return Reduction::chunk<FiniteKey>;
+  }
+  return nullptr;
+}
+
 /// Writes the scale (and, if the spec is asymmetric, the zero point) of every group. `scale` and `zero` are contiguous;
 /// they hold the extremes' bits until the end, so nothing is allocated but a thread's own accumulators.
 inline bool choose_scales(const TensorView& x, const TensorView& scale, const TensorView* zero, const QuantSpec& spec,
                           Executor& executor) {
-  const Grid grid = make_grid(spec);
   const int64_t scales = scale.elements();
   auto* high = static_cast<uint32_t*>(scale.data);
-  auto* low = zero ? static_cast<uint32_t*>(zero->data) : high;  // symmetric: one maximum of both
+  auto* low = zero ? static_cast<uint32_t*>(zero->data) : high;
   std::memset(high, 0, size_t(scales) * 4);
   std::memset(low, 0, size_t(scales) * 4);
 
-  struct Task {
-    Data data;
-    Walk walk;
-    int64_t elements;
-    uint32_t *low, *high;
-    bool out_of_memory;
-  } task{Data(x), scale_walk(scale, x.shape, spec), x.elements(), low, high, false};
-
-  const bool is_cast = spec.format.is_cast();
-  if (!is_cast) {
-    executor.run((task.elements + kTile - 1) / kTile, kTile,
-                 [](void* context, int64_t first, int64_t last) {
-                   Task& t = *static_cast<Task*>(context);
-                   const int64_t begin = first * kTile, end = min(last * kTile, t.elements);
-                   const OffsetRange range(t.walk, begin, end);
-                   auto* mine = static_cast<Extremes*>(std::calloc(size_t(range.count), sizeof(Extremes)));
-                   if (!mine) {
-                     __atomic_store_n(&t.out_of_memory, true, __ATOMIC_RELAXED);
-                     return;
-                   }
-                   alignas(64) float buffer[kTile];
-                   for (int64_t at = begin; at < end; at += kTile) {
-                     const int64_t n = min(kTile, end - at);
-                     const float* values = t.data.load(at, n, buffer);
-                     t.walk.runs(at, n, [&](int64_t position, int64_t offset, int64_t count, int64_t stride) {
-                       Extremes* to = mine + (offset - range.first);
-                       if (stride == 0) {
-                         const Extremes e = extremes_of(values + position, count);
-                         *to = {max(to->low, e.low), max(to->high, e.high)};
-                         return;
-                       }
-                       QUARK_VECTORIZE
-                       for (int64_t i = 0; i < count; ++i) {
-                         Extremes& e = to[i * stride];
-                         e = {max(e.low, below_zero(values[position + i])),
-                              max(e.high, above_zero(values[position + i]))};
-                       }
-                     });
-                   }
-                   for (int64_t i = 0; i < range.count; ++i) {
-                     raise(t.high + range.first + i, mine[i].high);
-                     raise(t.low + range.first + i, mine[i].low);
-                   }
-                   std::free(mine);
-                 },
-                 &task);
-    if (task.out_of_memory) return false;
+  Reduction reduction{Data(x), scale_walk(scale, x.shape, spec), x.elements(), make_grid(spec, x.dtype), low, high,
+                      false};
+  if (!spec.format.is_cast()) {
+    executor.run((reduction.elements + kTile - 1) / kTile, kTile, reduction_for(spec.scale_format), &reduction);
+    if (reduction.out_of_memory) return false;
   }
 
   struct Finish {
+    const QuantSpec& spec;
     const Grid& grid;
     uint32_t *low, *high;
-    bool symmetric, is_cast;
-  } finish{grid, low, high, spec.symmetric, is_cast};
+  } finish{spec, reduction.grid, low, high};
   executor.run(
       scales, 1,
       [](void* context, int64_t first, int64_t last) {
         const Finish& f = *static_cast<const Finish*>(context);
         for (int64_t i = first; i < last; ++i) {
-          const ScaleAndZero r =
-              f.is_cast ? ScaleAndZero{1.0f, 0} : scale_from_bounds(f.low[i], f.high[i], f.symmetric, f.grid);
+          const ScaleAndZero r = scale_of({f.low[i], f.high[i]}, f.spec, f.grid);
           if (f.low != f.high) f.low[i] = uint32_t(r.zero_point);
           f.high[i] = bits_of(r.scale);
         }
@@ -133,6 +178,26 @@ inline bool choose_scales(const TensorView& x, const TensorView& scale, const Te
 }
 
 // ---- sums ---------------------------------------------------------------------------------------------------------
+
+inline constexpr int kLanes = 64, kChunk = 1024;
+static_assert(kChunk == kTile, "a chunk of a sum is computed as one tile");
+
+/// The sum of the lanes, which fold in halves.
+QUARK_INLINE double fold_lanes(double* lane) {
+  for (int w = kLanes / 2; w > 0; w /= 2)
+    for (int j = 0; j < w; ++j) lane[j] += lane[j + w];
+  return lane[0];
+}
+
+/// Adds products, each exact in float64, to the lanes; every call but a chunk's last one has whole rows of lanes.
+inline void add_products(const float* a, const float* b, int64_t n, double* lane) {
+  int64_t at = 0;
+  for (; at + kLanes <= n; at += kLanes) {
+    QUARK_VECTORIZE
+    for (int64_t j = 0; j < kLanes; ++j) lane[j] += double(a[at + j]) * double(b[at + j]);
+  }
+  for (int64_t j = 0; at + j < n; ++j) lane[j] += double(a[at + j]) * double(b[at + j]);
+}
 
 /// The sum of a stream of float64 terms in one fixed order, whatever the machine: chunks of 1024 terms; in a chunk,
 /// lane j (0..63) adds terms j, j + 64, ... and the lanes fold in halves; chunk sums are summed by the same rule.
@@ -151,7 +216,6 @@ class TreeSum {
 
  private:
   static constexpr int kLevels = 7;  // 1024^7 terms
-  static constexpr int kLanes = 64, kChunk = 1024;
 
   struct Level {
     double lane[kLanes] = {};
@@ -169,9 +233,7 @@ class TreeSum {
   }
 
   static double fold(Level& level) {
-    for (int w = kLanes / 2; w > 0; w /= 2)
-      for (int j = 0; j < w; ++j) level.lane[j] += level.lane[j + w];
-    const double sum = level.lane[0];
+    const double sum = fold_lanes(level.lane);
     for (double& lane : level.lane) lane = 0.0;
     level.held = 0;
     return sum;
@@ -205,6 +267,192 @@ void for_each_run_of_scale(int64_t index, const int64_t* shape, const QuantSpec&
     if (d < 0) return;
   }
 }
+
+/// Which axes come first in a walk over groups: the scales' (the elements of each scale follow one another, in
+/// row-major order) or the members' (the first elements of all scales, then the second ones).
+enum class GroupOrder { scales_first, members_first };
+
+/// The walk of a tensor of x's shape, whose axes are whole numbers of groups.
+inline Walk grouped_walk(const TensorView& t, const QuantSpec& spec, GroupOrder order) {
+  Walk w;
+  const auto push = [&](bool members) {
+    for (int d = 0; d < spec.rank; ++d) {
+      const int64_t groups = scale_length(t.shape[d], spec.block[d]), length = t.shape[d] / groups;
+      w.push(members ? length : groups, members ? t.strides[d] : length * t.strides[d], 1);
+    }
+  };
+  push(order == GroupOrder::members_first);
+  push(order == GroupOrder::scales_first);
+  return w;
+}
+
+// ---- learned scales -----------------------------------------------------------------------------------------------
+
+using SlopeLoop = void (*)(const float* x, const float* grad, int64_t n, float s, float z, const Grid&, float* dx,
+                           float* weight, float* slope);
+
+template <Arithmetic A, Rounding R>
+void slope_loop(const float* x, const float* grad, int64_t n, float s, float z, const Grid& grid, float* dx,
+                float* weight, float* slope) {
+  const Grid g = grid;
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) {
+    const Slope r = slope_of<A, R>(x[i], grad[i], s, z, g);
+    weight[i] = r.weight;
+    slope[i] = r.slope;
+    dx[i] = r.dx;
+  }
+}
+
+inline SlopeLoop slope_loop_for(const QuantSpec& spec) {
+  switch (spec.rounding) {
+#define QUARK_ROUNDING(name)                                              \
+  case Rounding::name:                                                    \
+    return spec.shifted ? slope_loop<Arithmetic::shifted, Rounding::name> \
+                        : slope_loop<Arithmetic::affine, Rounding::name>;
+    QUARK_ROUNDINGS(QUARK_ROUNDING)
+#undef QUARK_ROUNDING
+  }
+  return nullptr;
+}
+
+/// The gradients of a fake quantization to x and to its scales, in one pass.
+class LearnScales {
+ public:
+  /// dx = slope_of().dx, and ds = factor * sum(weight * slope) over each group. False where memory runs out.
+  static bool run(const TensorView& x, const TensorView& grad, const TensorView& scale, const TensorView* zero,
+                  const TensorView& dx, const TensorView& ds, double factor, const QuantSpec& spec,
+                  Executor& executor) {
+    const int64_t scales = ds.elements();
+    if (scales == 0) return true;
+    LearnScales task(x, grad, scale, zero, dx, ds, factor, spec);
+    task.sums_ = static_cast<double*>(std::calloc(size_t(scales * task.chunks_) + 1, sizeof(double)));
+    if (!task.sums_) return false;
+    const int64_t panels = (scales + task.panel_ - 1) / task.panel_;
+    executor.run(panels * task.chunks_, task.panel_ * min(task.group_, kChunk), chunk<&LearnScales::terms>, &task);
+    executor.run(scales, task.chunks_, chunk<&LearnScales::finish>, &task);
+    std::free(task.sums_);
+    return true;
+  }
+
+ private:
+  /// Scales whose elements lie side by side in memory are taken together, a cache line of them at a time.
+  static constexpr int64_t kPanel = 16, kRows = 256;
+
+  LearnScales(const TensorView& x, const TensorView& grad, const TensorView& scale, const TensorView* zero,
+              const TensorView& dx, const TensorView& ds, double factor, const QuantSpec& spec)
+      : order_(order_for(x, spec)),
+        x_(x, grouped_walk(x, spec, order_)),
+        grad_(grad, grouped_walk(grad, spec, order_)),
+        dx_(dx, grouped_walk(dx, spec, order_)),
+        scale_(scale),
+        zero_(zero ? *zero : scale),
+        ds_(ds),
+        has_zero_(zero != nullptr),
+        scales_(ds.elements()),
+        group_(x.elements() / scales_),
+        chunks_((group_ + kChunk - 1) / kChunk),
+        panel_(order_ == GroupOrder::members_first ? kPanel : 1),
+        factor_(factor),
+        grid_(make_grid(spec)),
+        loop_(slope_loop_for(spec)) {}
+
+  static GroupOrder order_for(const TensorView& x, const QuantSpec& spec) {
+    const auto steps_by_one = [&](GroupOrder order) {
+      const Walk w = grouped_walk(x, spec, order);
+      return w.rank == 0 || w.stride[w.rank - 1] == 1;
+    };
+    if (steps_by_one(GroupOrder::scales_first)) return GroupOrder::scales_first;
+    return steps_by_one(GroupOrder::members_first) ? GroupOrder::members_first : GroupOrder::scales_first;
+  }
+
+  template <void (LearnScales::*method)(int64_t, int64_t) const>
+  static void chunk(void* self, int64_t first, int64_t last) {
+    (static_cast<const LearnScales*>(self)->*method)(first, last);
+  }
+
+  float scale_at(int64_t index) const {
+    float s;
+    return *scale_.load(scale_.view.elements() == 1 ? 0 : index, 1, &s);
+  }
+  float zero_at(int64_t index) const {
+    float z;
+    return has_zero_ ? *zero_.load(zero_.view.elements() == 1 ? 0 : index, 1, &z) : 0.0f;
+  }
+
+  /// Items: one chunk of one panel each, panel after panel within a chunk.
+  void terms(int64_t first, int64_t last) const {
+    const int64_t panels = (scales_ + panel_ - 1) / panel_;
+    for (int64_t item = first; item < last; ++item) {
+      if (panel_ == 1) {
+        row(item / chunks_, item % chunks_);
+      } else {
+        panel(item % panels * panel_, item / panels);
+      }
+    }
+  }
+
+  /// One chunk of one scale, whose elements follow one another.
+  void row(int64_t index, int64_t chunk) const {
+    alignas(64) float x[kTile], grad[kTile], dx[kTile], weight[kTile], slope[kTile];
+    const int64_t inside = chunk * kChunk, begin = index * group_ + inside, n = min(kChunk, group_ - inside);
+    float* to = dx_.target(begin, dx);
+    loop_(x_.load(begin, n, x), grad_.load(begin, n, grad), n, scale_at(index), zero_at(index), grid_, to, weight,
+          slope);
+    dx_.store(begin, n, to);
+    double lane[kLanes] = {};
+    add_products(weight, slope, n, lane);
+    sums_[index * chunks_ + chunk] = fold_lanes(lane);
+  }
+
+  /// One chunk of the scales from `index`: rows of their elements, turned into columns and back.
+  void panel(int64_t index, int64_t chunk) const {
+    alignas(64) float x[kPanel][kRows], grad[kPanel][kRows], dx[kPanel][kRows], weight[kRows], slope[kRows];
+    double lanes[kPanel][kLanes] = {};
+    const int64_t width = min(kPanel, scales_ - index), end = min(group_, (chunk + 1) * kChunk);
+    for (int64_t at = chunk * kChunk; at < end; at += kRows) {
+      const int64_t n = min(kRows, end - at);
+      for (int64_t r = 0; r < n; ++r) {
+        alignas(64) float buffer[kPanel];
+        const float* xs = x_.load((at + r) * scales_ + index, width, buffer);
+        for (int64_t j = 0; j < width; ++j) x[j][r] = xs[j];
+        const float* gs = grad_.load((at + r) * scales_ + index, width, buffer);
+        for (int64_t j = 0; j < width; ++j) grad[j][r] = gs[j];
+      }
+      for (int64_t j = 0; j < width; ++j) {
+        loop_(x[j], grad[j], n, scale_at(index + j), zero_at(index + j), grid_, dx[j], weight, slope);
+        add_products(weight, slope, n, lanes[j]);
+      }
+      for (int64_t r = 0; r < n; ++r) {
+        alignas(64) float buffer[kPanel];
+        float* to = dx_.target((at + r) * scales_ + index, buffer);
+        for (int64_t j = 0; j < width; ++j) to[j] = dx[j][r];
+        dx_.store((at + r) * scales_ + index, width, to);
+      }
+    }
+    for (int64_t j = 0; j < width; ++j) sums_[(index + j) * chunks_ + chunk] = fold_lanes(lanes[j]);
+  }
+
+  /// Items: one scale each.
+  void finish(int64_t first, int64_t last) const {
+    for (int64_t index = first; index < last; ++index) {
+      TreeSum sum;
+      for (int64_t c = 0; c < chunks_; ++c) sum.add(sums_[index * chunks_ + c]);
+      const auto total = float(sum.finish() * factor_);
+      const float value = is_nan(total) ? float_of(kNaN) : total;
+      ds_.store(index, 1, &value);
+    }
+  }
+
+  GroupOrder order_;
+  Data x_, grad_, dx_, scale_, zero_, ds_;
+  bool has_zero_;
+  int64_t scales_, group_, chunks_, panel_;
+  double factor_;
+  Grid grid_;
+  SlopeLoop loop_;
+  double* sums_ = nullptr;  // of every chunk
+};
 
 }  // namespace
 }  // namespace quark::QUARK_LEVEL

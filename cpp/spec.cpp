@@ -22,6 +22,20 @@ constexpr const char* kRoundingNames[] = {
 #undef QUARK_ROUNDING
 };
 
+constexpr const char* kScaleFormatNames[] = {
+#define QUARK_SCALE_FORMAT(name) #name,
+    QUARK_SCALE_FORMATS(QUARK_SCALE_FORMAT)
+#undef QUARK_SCALE_FORMAT
+};
+
+/// Where `name` stands in a list of names, or -1.
+template <size_t N>
+int index_of(std::string_view name, const char* const (&names)[N]) {
+  for (size_t i = 0; i < N; ++i)
+    if (name == names[i]) return int(i);
+  return -1;
+}
+
 std::string quoted(std::string_view text) { return std::string("'").append(text).append("'"); }
 
 template <class T>
@@ -69,6 +83,8 @@ Status codes_format(int bits, bool is_signed, QuantSpec& spec) {
   return {};
 }
 
+Status complete_scale(const QuantSpec& spec);
+
 /// Checks what only makes sense together, and fills in the format's own range.
 Status complete(QuantSpec& spec, bool has_min, bool has_max) {
   const Format& f = spec.format;
@@ -80,13 +96,35 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
   if (is_integer) {
     if (!has_min) spec.quant_min = f.lo;
     if (!has_max) spec.quant_max = f.hi;
-    const auto is_code = [&](float v) { return v >= f.lo && v <= f.hi && std::nearbyint(v) == v; };
+    const float lo = spec.ieee ? -0x1p23f : f.lo, hi = spec.ieee ? 0x1p23f : f.hi;
+    const auto is_code = [&](float v) { return v >= lo && v <= hi && std::nearbyint(v) == v; };
     if (!is_code(spec.quant_min) || !is_code(spec.quant_max) || spec.quant_min >= spec.quant_max)
       return value_error(std::string("spec: min and max must be codes of ") + f.name + " with min < max");
-    if (spec.symmetric && spec.quant_max <= 0) return value_error("spec: a symmetric range needs max > 0");
+    if (spec.symmetric && !spec.ieee && spec.quant_max <= 0)
+      return value_error("spec: a symmetric range needs max > 0");
   }
-  if (f.is_cast() && spec.rounding != Rounding::half_even)
-    return value_error(std::string("spec: ") + f.name + " is a cast and rounds half_even only");
+  if (!is_integer && (spec.reciprocal || spec.shifted))
+    return value_error(std::string("spec: reciprocal and shifted are for integer formats, not ") + f.name);
+  if (is_integer && (spec.narrow || spec.plus_zero))
+    return value_error(std::string("spec: narrow and plus_zero are for float formats, not ") + f.name);
+  if (spec.rounding != Rounding::half_even && (f.is_cast() || spec.narrow || spec.shares_exponent()))
+    return value_error(std::string("spec: ") + f.name + (f.is_cast() ? " is a cast and" : " so computed") +
+                       " rounds half_even only");
+  return complete_scale(spec);
+}
+
+/// Checks the scale format against the rest.
+Status complete_scale(const QuantSpec& spec) {
+  const Format& f = spec.format;
+  if (spec.scale_format != ScaleFormat::float32 && (f.is_cast() || !spec.symmetric))
+    return value_error(std::string("spec: scales of ") + f.name + " are float32 here: it is a cast or asymmetric");
+  if (spec.shares_exponent() && (!f.is_integer() || spec.reciprocal || spec.shifted))
+    return value_error(std::string("spec: a shared exponent goes with the plain integers, not with ") + f.name);
+  if (spec.scale_format == ScaleFormat::microexponents) {
+    const int axis = spec.block_axis();
+    if (axis < 0 || spec.block[axis] == 0 || spec.block[axis] % 2 != 0)
+      return value_error("spec: microexponents need a block of even length along one axis");
+  }
   if (spec.packed && f.bits > 8)
     return value_error(std::string("spec: ") + f.name + " has no packed form; it is wider than a byte");
   return {};
@@ -118,9 +156,13 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
     } else if (key == "block") {
       if (Status status = parse_block(value, spec); !status.ok()) return status;
     } else if (key == "rounding") {
-      good = false;
-      for (int r = 0; r < int(std::size(kRoundingNames)); ++r)
-        if (value == kRoundingNames[r]) spec.rounding = Rounding(r), good = true;
+      const int found = index_of(value, kRoundingNames);
+      good = found >= 0;
+      if (good) spec.rounding = Rounding(found);
+    } else if (key == "scale") {
+      const int found = index_of(value, kScaleFormatNames);
+      good = found >= 0;
+      if (good) spec.scale_format = ScaleFormat(found);
     } else if (key == "min") {
       good = has_min = parse_number(value, spec.quant_min);
     } else if (key == "max") {
@@ -133,6 +175,16 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
       spec.symmetric = false;
     } else if (word == "packed") {
       spec.packed = true;
+    } else if (word == "reciprocal") {
+      spec.reciprocal = true;
+    } else if (word == "shifted") {
+      spec.shifted = true;
+    } else if (word == "narrow") {
+      spec.narrow = true;
+    } else if (word == "plus_zero") {
+      spec.plus_zero = true;
+    } else if (word == "ieee") {
+      spec.ieee = true;
     } else if (word == "signed") {
       good = is_signed = is_codes;
     } else {

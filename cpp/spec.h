@@ -20,6 +20,18 @@ enum class Rounding : uint8_t {
 };
 std::span<const char* const> rounding_names();
 
+/// How a dynamic scale follows from its group, and what it can be.
+///   float32         the extreme value lands on the end of the range
+///   e8m0            a power of two from 2^-127 to 2^127 (OCP MX 1.0, 6.3)
+///   exponent        the group's exponent, 2^(E - bits + 2) a code: block floating point
+///   microexponents  the same, halved for a pair of neighbours that both lie below 2^E (MX6, MX9: arXiv 2302.08007)
+#define QUARK_SCALE_FORMATS(X) X(float32) X(e8m0) X(exponent) X(microexponents)
+enum class ScaleFormat : uint8_t {
+#define QUARK_SCALE_FORMAT(name) name,
+  QUARK_SCALE_FORMATS(QUARK_SCALE_FORMAT)
+#undef QUARK_SCALE_FORMAT
+};
+
 /// One row of formats.inc as numbers.
 struct Format {
   const char* name;
@@ -48,9 +60,19 @@ std::span<const Format> formats();
 ///
 /// block     for every axis how many neighbours share a scale, 0 = the whole axis (default: no axes, a 0-d tensor)
 /// min, max  the integer range, where it isn't the format's own
+/// scale     the ScaleFormat (default: float32)
 /// packed    codes are a little-endian bit stream along the last axis
 /// length    logical length of the last axis, where codes are packed
 /// dtype     dtype of data outputs (read by the Python schema; the core sees the tensor itself)
+///
+/// In which order to compute, where it isn't that of the everyday functions:
+///
+/// reciprocal  integers: x is multiplied by the reciprocal of s (divided by s where that is infinite)
+/// shifted     integers: z is added before rounding, not after; only then it may be a float
+/// narrow      float formats: the quotient x / s is rounded to x's dtype
+/// plus_zero   a zero of the grid is +0
+/// ieee        NaN and infinity as IEEE has them: a NaN quotient gives NaN, a result too large for its dtype infinity.
+///             The integer range is free within +-2^23, and codes may be int32
 ///
 /// For pack and unpack the format is "codes" with `bits=` and, for signed codes, `signed`.
 struct QuantSpec {
@@ -58,10 +80,27 @@ struct QuantSpec {
   Rounding rounding = Rounding::half_even;
   bool symmetric = true;
   bool packed = false;
+  ScaleFormat scale_format = ScaleFormat::float32;
+  bool reciprocal = false, shifted = false, narrow = false, plus_zero = false, ieee = false;
   float quant_min = 0, quant_max = 0;  ///< integer formats only
   int64_t length = -1;
   int rank = 0;
   int64_t block[kMaxRank] = {};
+
+  /// The one axis along which more than one element shares a scale, or -1.
+  int block_axis() const {
+    int found = -1;
+    for (int d = 0; d < rank; ++d)
+      if (block[d] != 1) {
+        if (found >= 0) return -1;
+        found = d;
+      }
+    return found;
+  }
+  /// Blocks of integers that share an exponent: their numbers have no codes of their own yet, only fake_quantize runs.
+  bool shares_exponent() const {
+    return scale_format == ScaleFormat::exponent || scale_format == ScaleFormat::microexponents;
+  }
 };
 
 /// Parses the text form. Unknown words, names and values out of range are value errors.

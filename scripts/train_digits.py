@@ -6,11 +6,13 @@ A 64-128-64-10 perceptron with ReLU learns scikit-learn's bundled 8x8 digits; a 
 
     layers.{0,1,2}.weight   float32 [out, in]
     layers.{0,1,2}.bias     float32 [out]
-    images                  uint8 [450, 64], pixels 0 to 16 (the model's input is pixel / 16)
+    images                  uint8 [450, 64], the held-out ones; pixels 0 to 16 (the model's input is pixel / 16)
     labels                  uint8 [450]
+    train_images            uint8 [1347, 64], the others, for examples that train on
+    train_labels            uint8 [1347]
 
-for the held-out images only, and the float32 accuracy on them as metadata. The seed is fixed: a second run on the same
-machine writes the same bytes (another BLAS may round the weights' last bits differently).
+and the float32 accuracy on the held-out images as metadata. The seed is fixed: a second run on the same machine writes
+the same bytes (another BLAS may round the weights' last bits differently).
 
 Needs numpy, safetensors and scikit-learn.
 """
@@ -69,7 +71,12 @@ def main() -> None:
     layers = train(train_images, train_labels)
     score = accuracy(layers, test_images, test_labels)
 
-    tensors: dict[str, NDArray[np.generic]] = {"images": test_images, "labels": test_labels}
+    tensors: dict[str, NDArray[np.generic]] = {
+        "images": test_images,
+        "labels": test_labels,
+        "train_images": train_images,
+        "train_labels": train_labels,
+    }
     for i, (weight, bias) in enumerate(layers):
         tensors |= {f"layers.{i}.weight": weight, f"layers.{i}.bias": bias}
     # One key alone: safetensors writes metadata in a random order, and the same run should write the same bytes.

@@ -12,10 +12,12 @@ pass 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -48,7 +50,7 @@ def _uint(bits: int) -> Format:
 
 
 FORMATS: dict[str, Format] = {
-    **{f"int{bits}": _int(bits) for bits in (2, 3, 4, 8, 16)},
+    **{f"int{bits}": _int(bits) for bits in (2, 3, 4, 5, 8, 16)},
     **{f"uint{bits}": _uint(bits) for bits in (2, 4, 8, 16)},
     "int8f6": Format(8, 6, None, -127 / 64, 127 / 64),
     "fp8_e4m3": Format(8, 3, -6, -448.0, 448.0, nan=0x7F),
@@ -349,3 +351,348 @@ def dequantize_scale_gradient(
         sums = np.array([tree_sum(group) for group in _groups(terms.ravel(), shape, block)])
         result = sums.astype(np.float32).reshape(scale_shape(shape, block))
     return _canonical_nan(result, np.isnan(result), np.zeros_like(result))
+
+
+# The documented functions, in the order and with the argument names of their documentation. Arguments are taken to be
+# valid. Here float32 rounds every step, as documented, and a result narrowed to the input's dtype overflows to inf.
+
+ROUND_MODES = {None: "half_even", -1: "half_even", 2: "half_up", 3: "half_away", 8: "half_even"}
+FLOAT8 = {"fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "fp8_e5m2": np.dtype(ml_dtypes.float8_e5m2)}
+CASTS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+NAN = np.float32(np.nan)
+
+
+def _f32(x: ArrayLike) -> Array:
+    return np.asarray(x).astype(np.float32)
+
+
+def _narrow(x: ArrayLike, dtype: np.dtype[Any]) -> Array:
+    """The cast of a float32 to float32, float16, bfloat16 or float64."""
+    return to_bits(x, dtype.name).view(dtype)
+
+
+def _codes(x: Array, fmt: str, scale: ArrayLike) -> tuple[Array, Array]:
+    """The bit patterns of x/s on a float format's grid, x/s itself being rounded to x.dtype; and where x/s is NaN."""
+    v = _f32(_narrow(_divide(_f32(x), scale), x.dtype))
+    return quantize(v, fmt, 1).astype(np.uint8), np.isnan(v)
+
+
+@np.errstate(all="ignore")
+def quant_fp8(inputs: ArrayLike, fmt: str, scale: float | None = None) -> Array:
+    codes, _ = _codes(np.asarray(inputs), fmt, 1 if scale is None else scale)
+    return codes.view(FLOAT8[fmt])
+
+
+@np.errstate(all="ignore")
+def dequant_fp8(inputs: ArrayLike, fmt: str, scale: float | None = None) -> Array:
+    value = _decode(np.asarray(inputs).view(np.uint8), fmt)
+    return _narrow(_f32(value) * np.float32(1 if scale is None else scale), CASTS["float16"])
+
+
+def _lay_out(
+    qparam: ArrayLike, shape: tuple[int, ...], qscheme: str | None, axis: int | None, group: int | None = None
+) -> Array:
+    """A scale or zero point, of any documented layout, broadcast against the input.
+
+    `group` is the fake functions' group size; without one the groups' width is what the layout says.
+    """
+    qparam = np.asarray(qparam)
+    axis = 1 if axis is None else axis
+    if qscheme == "per_tensor" or qparam.size == 1:
+        return qparam.reshape(())
+    if qscheme == "per_channel":
+        return np.moveaxis(qparam.reshape(-1, *[1] * (len(shape) - 1)), 0, axis)
+    if group is None:
+        return np.repeat(qparam, shape[axis] // qparam.shape[axis], axis)
+    block = [1] * len(shape)
+    block[axis] = shape[axis] if group == -1 else group
+    own = scale_shape(shape, block)
+    swapped = np.swapaxes(np.empty(own), axis, -1).shape
+    if qparam.shape != own or own == swapped:
+        qparam = qparam.reshape(swapped).swapaxes(axis, -1)
+    return expand(qparam, shape, block)
+
+
+def _float_scale(x: Array, scale: ArrayLike, qscheme: str | None, axis: int | None, group: int | None = None) -> Array:
+    """The scale that a float format's quantization uses: per channel it is rounded to x.dtype."""
+    s = _f32(_lay_out(scale, x.shape, qscheme, axis, group))
+    return _f32(_narrow(s, x.dtype)) if qscheme == "per_channel" and s.ndim else s
+
+
+def _integers(
+    x: Array, s: Array, z: Array, quant_min: float, quant_max: float, round_mode: int | None, before: bool
+) -> Array:
+    """The integers q (float64) of x, NaN where x·inv (+ z, if added before rounding) is."""
+    x, inv = _f32(x), _divide(1, s)
+    v = np.where(np.isinf(inv), x / s, x * inv)
+    v, after = (v + _f32(z), np.asarray(0)) if before else (v, z)
+    return np.asarray(np.clip(ROUNDINGS[ROUND_MODES[round_mode]](v.astype(np.float64)) + after, quant_min, quant_max))
+
+
+def _is_floating(zero_point: Array) -> bool:
+    return not np.issubdtype(zero_point.dtype, np.integer)
+
+
+@np.errstate(all="ignore")
+def scaled_fake_quantize(
+    quant_dtype: str,
+    inputs: ArrayLike,
+    scale: ArrayLike | None = None,
+    zero_point: ArrayLike | None = None,
+    axis: int | None = None,
+    group_size: int | None = None,
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+    round_mode: int | None = None,
+    qscheme: str | None = None,
+) -> Array:
+    x = np.asarray(inputs)
+    if quant_dtype in CASTS:
+        return _narrow(_f32(_narrow(_f32(x), CASTS[quant_dtype])), x.dtype)
+    assert scale is not None
+    group = 1 if group_size is None else group_size
+    if FORMATS[quant_dtype].min_exp is not None:
+        s = _float_scale(x, scale, qscheme, axis, group)
+        codes, is_nan = _codes(x, quant_dtype, s)
+        return _narrow(np.where(is_nan, NAN, _f32(_decode(codes, quant_dtype)) * s), x.dtype)
+    assert quant_min is not None
+    assert quant_max is not None
+    s = _f32(_lay_out(scale, x.shape, qscheme, axis, group))
+    z = _lay_out(_or_zero(zero_point), x.shape, qscheme, axis, group)
+    q = _integers(x, s, z, quant_min, quant_max, round_mode, before=_is_floating(z))
+    return _narrow((_f32(q) - _f32(z)) * s, x.dtype)
+
+
+@np.errstate(all="ignore")
+def scaled_real_quantize(
+    quant_dtype: str,
+    inputs: ArrayLike,
+    scale: ArrayLike | None = None,
+    zero_point: ArrayLike | None = None,
+    axis: int | None = None,
+    group_size: int | None = None,
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+    round_mode: int | None = None,
+    qscheme: str | None = None,
+) -> Array:
+    """int32 for an integer format, float8, or (fp6, fp4) the bit patterns as uint8."""
+    x = np.asarray(inputs)
+    if quant_dtype in CASTS:
+        return _narrow(_f32(x), CASTS[quant_dtype])
+    assert scale is not None
+    if FORMATS[quant_dtype].min_exp is not None:
+        codes, _ = _codes(x, quant_dtype, _float_scale(x, scale, qscheme, axis))
+        return codes.view(FLOAT8.get(quant_dtype, np.uint8))
+    assert quant_min is not None
+    assert quant_max is not None
+    s = _f32(_lay_out(scale, x.shape, qscheme, axis))
+    z = _lay_out(_or_zero(zero_point), x.shape, qscheme, axis)
+    q = _integers(x, s, z, quant_min, quant_max, round_mode, before=True)
+    code_of_zero = ROUNDINGS[ROUND_MODES[round_mode]](np.where(np.isnan(_f32(z)), 0, _f32(z)))
+    return np.where(np.isnan(q), np.clip(code_of_zero, quant_min, quant_max), q).astype(np.int32)
+
+
+@np.errstate(all="ignore")
+def dequantize_documented(
+    quant_dtype: str,
+    inputs: ArrayLike,
+    scale: ArrayLike | None = None,
+    zero_point: ArrayLike | None = None,
+    axis: int | None = None,
+    group_size: int | None = None,
+    qscheme: str | None = None,
+) -> Array:
+    q = np.asarray(inputs)
+    if quant_dtype in CASTS:
+        return q
+    assert scale is not None
+    s = _f32(_lay_out(scale, q.shape, qscheme, axis))
+    if FORMATS[quant_dtype].min_exp is not None:
+        return np.asarray(_f32(_decode(q.view(np.uint8), quant_dtype)) * s)
+    z = _f32(_lay_out(_or_zero(zero_point), q.shape, qscheme, axis))
+    return np.asarray((_f32(q) - z) * s)
+
+
+def _blocks(x: ArrayLike, axis: int, size: int) -> Array:
+    """x (float64) as [..., blocks, size]: `axis` last, zero-padded."""
+    x = np.moveaxis(np.asarray(x).astype(np.float64), axis, -1)
+    count = -(-x.shape[-1] // size)
+    x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * size - x.shape[-1])])
+    return x.reshape(*x.shape[:-1], count, size)
+
+
+def _unblock(blocks: Array, axis: int, length: int) -> Array:
+    *outer, count, size = blocks.shape
+    return np.moveaxis(blocks.reshape(*outer, count * size)[..., :length], -1, axis)
+
+
+def _exponent(x: Array) -> Array:
+    """floor(log2 |x|), exactly; anything for 0, inf and NaN."""
+    return np.asarray(np.frexp(x)[1] - 1)
+
+
+def _mx(blocks: Array, mx_element_dtype: str) -> tuple[Array, Array]:
+    """The scale and the elements' values of each block, all NaN where the block isn't finite."""
+    fmt = {"int8": "int8f6"}.get(mx_element_dtype, mx_element_dtype)
+    amax = np.abs(blocks).max(axis=-1, keepdims=True)
+    exponent = np.clip(_exponent(amax) - _exponent(np.asarray(FORMATS[fmt].hi)), -127, 127)
+    scale = np.ldexp(1.0, np.where(amax > 0, exponent, -127))
+    elements = _decode(quantize(blocks / scale, fmt, 1), fmt)
+    if not mx_element_dtype.startswith("fp8"):
+        elements = elements + 0.0  # no -0
+    finite = np.isfinite(amax)
+    return np.where(finite, scale, np.nan), np.where(finite, elements, np.nan)
+
+
+def _shared_micro_exponents(blocks: Array, bits: int, min_exp: int) -> Array:
+    """mx6 and mx9: a bit per pair lowers the block's exponent by one. Integers have no -0."""
+    finite = np.isfinite(blocks)
+    normal = finite & (np.abs(blocks) >= 2.0**min_exp)
+    field = np.where(normal, _exponent(blocks), min_exp - 1)
+    shared = field.max(axis=-1, keepdims=True)
+    pairs = field.reshape(*field.shape[:-1], field.shape[-1] // 2, 2).max(axis=-1)
+    scale = np.ldexp(1.0, shared - np.repeat(pairs < shared, 2, axis=-1) - bits + 2)
+    top = 2 ** (bits - 1) - 1
+    return np.where(finite, np.clip(np.rint(blocks / scale), -top, top) * scale + 0.0, blocks)
+
+
+def _bfp16(blocks: Array) -> Array:
+    blocks = np.where(np.isfinite(blocks), blocks, 0)
+    scale = np.ldexp(1.0, _exponent(np.abs(blocks).max(axis=-1, keepdims=True)) - 6)
+    q = np.rint(blocks / scale)
+    scale = scale * np.where(((q < -128) | (q > 127)).any(axis=-1, keepdims=True), 2, 1)
+    return np.asarray(np.clip(np.rint(blocks / scale), -128, 127) * scale + 0.0)  # no -0
+
+
+@np.errstate(all="ignore")
+def non_scaled_fake_quantize(
+    input_tensor: ArrayLike, quant_dtype: str, mx_element_dtype: str | None, axis: int, block_size: int
+) -> Array:
+    x = np.asarray(input_tensor)
+    blocks = _blocks(_f32(x), axis, 8 if quant_dtype == "bfp16" else block_size)
+    if quant_dtype == "mx":
+        assert mx_element_dtype is not None
+        scale, elements = _mx(blocks, mx_element_dtype)
+        result = scale * elements
+    elif quant_dtype == "bfp16":
+        result = _bfp16(blocks)
+    else:
+        min_exp = -14 if x.dtype == np.float16 else -126
+        result = _shared_micro_exponents(blocks, {"mx6": 5, "mx9": 8}[quant_dtype], min_exp)
+    return _narrow(_f32(_unblock(result, axis, x.shape[axis])), x.dtype)
+
+
+@np.errstate(all="ignore")
+def non_scaled_real_quantize(
+    input_tensor: ArrayLike, quant_dtype: str, mx_element_dtype: str, axis: int, block_size: int
+) -> Array:
+    """Only "mx": each block becomes its scale's value followed by its elements' values, float32."""
+    slots = np.concatenate(_mx(_blocks(_f32(input_tensor), axis, block_size), mx_element_dtype), axis=-1)
+    return _f32(_unblock(slots, axis, slots.shape[-2] * slots.shape[-1]))
+
+
+def non_scaled_real_gradient(grad: ArrayLike, axis: int, block_size: int, dtype: np.dtype[Any]) -> Array:
+    """The cotangent without the scales' slots, in the input's dtype."""
+    grad = np.asarray(grad)
+    kept = np.arange(grad.shape[axis]) % (block_size + 1) > 0
+    return _narrow(_f32(grad.compress(kept, axis)), dtype)
+
+
+def _clip_gradients(
+    x: Array, s: Array, z: Array, grad: Array, rounding: str, a: float, b: float, shifted: bool
+) -> tuple[Array, Array]:
+    """The gradient to x of round, shift, clamp; and the terms (float64), one per element, of the one to the scale.
+
+    `shifted`: z is added before rounding, not after. Slopes are float32, so a term is exact.
+    """
+    v = _divide(_f32(x), s)
+    if shifted:
+        v = v + _f32(z)
+    rounded = ROUNDINGS[rounding](v.astype(np.float64))
+    r = rounded if shifted else rounded + z
+    inside, a_z, b_z = (a <= r) & (r <= b), a - z.astype(np.float64), b - z.astype(np.float64)
+    slope = _f32(np.where(inside, rounded - v, np.where(r < a, a_z, b_z)))
+    terms = np.where(np.isnan(r), 0, _f32(grad).astype(np.float64) * slope)
+    return np.where(inside, grad, np.zeros_like(grad)), terms
+
+
+def _tqt_scale(log_threshold: ArrayLike, domain: ArrayLike) -> tuple[Array, float, float]:
+    """s, a and b."""
+    exponent = np.clip(np.ceil(_f32(log_threshold).reshape(())), -126, 127)
+    power = np.where(np.isnan(exponent), NAN, np.ldexp(1.0, np.nan_to_num(exponent).astype(int)))
+    top = float(np.asarray(domain).reshape(()))
+    return _divide(power, top), -top, top - 1
+
+
+@np.errstate(all="ignore")
+def tqt_quantize(
+    inputs: ArrayLike,
+    log_threshold: ArrayLike,
+    zero_point: ArrayLike | None,
+    domain: ArrayLike,
+    round_mode: int | None = None,
+) -> Array:
+    s, a, b = _tqt_scale(log_threshold, domain)
+    return scaled_fake_quantize("int8", inputs, s, zero_point, None, None, a, b, round_mode, "per_tensor")
+
+
+@np.errstate(all="ignore")
+def tqt_gradients(
+    inputs: ArrayLike,
+    log_threshold: ArrayLike,
+    zero_point: ArrayLike | None,
+    domain: ArrayLike,
+    round_mode: int | None,
+    grad: ArrayLike,
+) -> tuple[Array, Array]:
+    """The gradients to inputs and log_threshold."""
+    s, a, b = _tqt_scale(log_threshold, domain)
+    z, rounding = _or_zero(zero_point).reshape(()), ROUND_MODES[round_mode]
+    grad_inputs, terms = _clip_gradients(np.asarray(inputs), s, z, np.asarray(grad), rounding, a, b, shifted=False)
+    total = float(s) * math.log(2) * tree_sum(terms.ravel())
+    return grad_inputs, np.full(np.shape(log_threshold), total).astype(np.float32)
+
+
+@np.errstate(all="ignore")
+def lsq_quantize(
+    x: ArrayLike,
+    scale: ArrayLike,
+    zero_point: ArrayLike | None,
+    grad_factor: float,
+    quant_min: float,
+    quant_max: float,
+    ch_axis: int | None = None,
+    rounding_key: int | None = 8,
+) -> Array:
+    qscheme = "per_tensor" if ch_axis is None else "per_channel"
+    return scaled_fake_quantize(
+        "int8", x, scale, zero_point, ch_axis, None, quant_min, quant_max, rounding_key, qscheme
+    )
+
+
+@np.errstate(all="ignore")
+def lsq_gradients(
+    x: ArrayLike,
+    scale: ArrayLike,
+    zero_point: ArrayLike | None,
+    grad_factor: float,
+    quant_min: float,
+    quant_max: float,
+    ch_axis: int | None,
+    rounding_key: int | None,
+    grad: ArrayLike,
+    shifted: bool = True,
+) -> tuple[Array, Array]:
+    """The gradients to x and (float32) scale. `shifted=False`: the everyday function's, z added after rounding."""
+    x = np.asarray(x)
+    s, z = (
+        _lay_out(qparam, x.shape, "per_tensor" if ch_axis is None else "per_channel", ch_axis)
+        for qparam in (_f32(scale), _or_zero(zero_point))
+    )
+    grad_x, terms = _clip_gradients(x, s, z, np.asarray(grad), ROUND_MODES[rounding_key], quant_min, quant_max, shifted)
+    block = [0] * x.ndim
+    if s.ndim and ch_axis is not None:
+        block[ch_axis] = 1
+    sums = np.array([tree_sum(group) for group in _groups(terms.ravel(), x.shape, block)])
+    return grad_x, (float(np.float32(grad_factor)) * sums).astype(np.float32).reshape(np.shape(scale))

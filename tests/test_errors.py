@@ -321,7 +321,7 @@ class TestCore:
         ("text", "message"),
         [
             ("", "empty"),
-            ("int5", "unknown format 'int5'; known: int2"),
+            ("int6", "unknown format 'int6'; known: int2"),
             ("int8 block=1,x", "lengths must be integers >= 0"),
             ("int8 block=1 block=2", "block is given twice"),
             ("int8 block=1,", "ends in a comma"),

@@ -23,9 +23,20 @@ OPERATIONS = {
     "FakeQuantizeBackwardBody": "div",
     "DequantizeBody": "mul",
 }
-ARITHMETICS = ("integer", "affine", "minifloat", "float16", "bfloat16")
+# In the order of the C++ enumeration.
+ARITHMETICS = (
+    *("integer", "affine", "shifted", "reciprocal", "reciprocal_shifted", "shared_exponent"),
+    *("minifloat", "minifloat_float16", "minifloat_bfloat16", "float16", "bfloat16"),
+)
+EVERYDAY = {"integer", "affine", "minifloat", "float16", "bfloat16"}
+ARITHMETICS_OF = {
+    "QuantizeBody": set(ARITHMETICS) - {"shared_exponent"},
+    "FakeQuantizeBody": set(ARITHMETICS),
+    "FakeQuantizeBackwardBody": EVERYDAY,
+    "DequantizeBody": EVERYDAY,
+}
 ROUNDINGS = ("half_even", "half_up", "half_away", "floor", "ceil", "toward_zero")
-CASTS = ("float16", "bfloat16")  # they round half_even only
+NEAREST_ONLY = {"float16", "bfloat16", "shared_exponent", "minifloat_float16", "minifloat_bfloat16"}
 
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
@@ -157,14 +168,15 @@ def loops_of(name: str, functions: dict[str, list[Instruction]]) -> list[Loop]:
 def tile_loops(build: Path) -> dict[str, dict[Key, list[Loop]]]:
     """For each level the innermost loops of every tile_loop."""
     result = {}
-    pattern = re.compile(r"\btile_loop<.*?(\w+Body), \(.*?Arithmetic\)(\d), \(.*?Rounding\)(\d)>\([^\[]*$")
+    pattern = re.compile(r"\btile_loop<.*?(\w+Body), \(.*?Arithmetic\)(\d+), \(.*?Rounding\)(\d)>\([^\[]*$")
+    slopes = re.compile(r"\b(slope_loop)<\(.*?Arithmetic\)(\d+), \(.*?Rounding\)(\d)>\([^\[]*$")
     for level in LEVELS:
         listing = output_of(tool("objdump"), "-d", "-C", "--no-show-raw-insn", object_in(build, level))
         functions = functions_in(listing)
         result[level] = {
             (found[1], ARITHMETICS[int(found[2])], ROUNDINGS[int(found[3])]): loops_of(name, functions)
             for name in functions
-            if (found := pattern.search(name))
+            if (found := pattern.search(name) or slopes.search(name))
         }
     return result
 
@@ -173,13 +185,24 @@ def tile_loops(build: Path) -> dict[str, dict[Key, list[Loop]]]:
 @pytest.mark.parametrize("level", LEVELS)
 def test_tile_loops_are_vectorized(tile_loops: dict[str, dict[Key, list[Loop]]], level: str, body: str) -> None:
     """Each has two hot loops, for one scale and for a scale per element, beside what compilers add for remainders."""
-    wanted = [(body, a, r) for a in ARITHMETICS for r in ROUNDINGS if a not in CASTS or r == "half_even"]
+    wanted = [
+        (body, a, r) for a in ARITHMETICS_OF[body] for r in ROUNDINGS if a not in NEAREST_ONLY or r == "half_even"
+    ]
     assert [key for key in tile_loops[level] if key[0] == body and key not in wanted] == []
     hot = {
         key: sum(is_vectorized(loop, OPERATIONS[body], LEVELS[level]) for loop in tile_loops[level].get(key, []))
         for key in wanted
     }
     assert {key: count for key, count in hot.items() if count < 2} == {}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_slope_loops_are_vectorized(tile_loops: dict[str, dict[Key, list[Loop]]], level: str) -> None:
+    """The backward loops of learned scales: z added before and after rounding, every rounding."""
+    wanted = {("slope_loop", a, r) for a in ("affine", "shifted") for r in ROUNDINGS}
+    found = {key: loops for key, loops in tile_loops[level].items() if key[0] == "slope_loop"}
+    assert set(found) == wanted
+    assert [key for key, loops in found.items() if not any(is_vectorized(p, "div", LEVELS[level]) for p in loops)] == []
 
 
 def test_a_loop_of_scalars_or_calls_is_not_vectorized() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -293,3 +294,38 @@ def test_one_dimensional_and_scalar_scales(framework: Any) -> None:
         q = api.quantize(array(x), "int8", scale=scale, zero_point=3)
         assert tuple(q.scale.shape) == tuple(q.zero_point.shape) == ()
         assert np.array_equal(framework.numpy(q.qvalue), np.rint(x / np.float32(0.5)) + 3)
+
+
+AMD_QUARK = {
+    "quark/__init__.py": "__version__ = '0.8'",
+    "quark/torch/__init__.py": "",
+    "quark/torch/kernel/__init__.py": "scaled_fake_quantize = 'theirs'",
+}
+
+
+@pytest.mark.parametrize("amd", [False, True], ids=["alone", "with-amd-quark"])
+def test_documented_path(amd: bool, tmp_path: Path, torch_frontend: Any) -> None:
+    """`quark.torch.kernel` is ours, unless AMD's wheel is installed in the same folder: then theirs, and ours stays."""
+    ours = Path(__file__).parents[1] / "python/quark"
+    site = tmp_path / "site"
+    shutil.copytree(ours, site / "quark", ignore=shutil.ignore_patterns("__pycache__"))
+    assert [p.name for p in (site / "quark").rglob("*.py")] == ["kernel.py"], "namespace packages have no __init__.py"
+    if amd:
+        for name, text in AMD_QUARK.items():
+            path = site / name
+            assert not path.exists(), "no file of ours stands where one of theirs goes"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    code = f"""
+import sys, quark_torch.kernel
+sys.path.insert(0, {str(site)!r})
+sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]  # of an editable install
+import quark.torch.kernel
+ours = quark_torch.kernel.scaled_fake_quantize
+print(quark.torch.kernel.scaled_fake_quantize is ours, callable(ours), quark.torch.kernel.__file__)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    same, works, path_of = done.stdout.split()
+    assert (same, works) == (str(not amd), "True")
+    assert path_of.startswith(str(site)) or not amd

@@ -16,19 +16,20 @@ const TensorView* zero_point(Tensors tensors, size_t at) { return tensors.size()
 
 int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
-/// out = body(x, grad, s, z), tile by tile. In and Out: Data or Codes.
+/// out = body(x, other, s, z), tile by tile. In and Out: Data or Codes. `data` is the dtype of the numbers.
 template <class Body, class In, class Out>
-void elementwise(const In& x, const Data* grad, const Scales& scales, const Out& out, float limit, const Tiling& tiling,
+void elementwise(const In& x, const Data* other, const Scales& scales, const Out& out, DType data, const Tiling& tiling,
                  const QuantSpec& spec, Executor& executor) {
-  const TileLoop loop = tile_loop_for<Body>(spec, scales.has_zero_points());
-  const Grid grid = make_grid(spec);
+  const TileLoop loop = tile_loop_for<Body>(spec, data, scales.has_zero_points());
+  const Grid grid = make_grid(spec, data);
+  const float limit = limit_of(data, spec);
   for_each_tile(executor, tiling, [&](int64_t begin, int64_t count) {
     Buffers buffers;
-    alignas(64) float gradients[kTile];
+    alignas(64) float others[kTile];
     const float* values = x.load(begin, count, buffers.x);
-    const float* g = grad ? grad->load(begin, count, gradients) : values;
+    const float* second = other ? other->load(begin, count, others) : values;
     float* y = out.target(begin, buffers.y);
-    loop(values, g, y, count, scales.load(begin, count, buffers.s, buffers.z), limit, grid);
+    loop(values, second, y, count, scales.load(begin, count, buffers.s, buffers.z), limit, grid);
     out.store(begin, count, y);
   });
 }
@@ -37,8 +38,18 @@ void elementwise(const In& x, const Data* grad, const Scales& scales, const Out&
 Status quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   const TensorView& x = in[0];
   const int64_t row = last_length(x);
+  QuantSpec codes = spec;
+  codes.ieee = codes.ieee && spec.format.specials != Specials::none;  // a format without NaN has no code for it
   elementwise<QuantizeBody>(Data(x), nullptr, Scales(in[1], zero_point(in, 2), x.shape, spec), Codes(out[0], spec, row),
-                            0.0f, Tiling(x.elements(), row, spec), spec, executor);
+                            x.dtype, Tiling(x.elements(), row, spec), codes, executor);
+  return {};
+}
+
+/// y = R(x / s), the numbers that the codes stand for.
+Status quantize_values(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  const TensorView& x = in[0];
+  elementwise<QuantizeBody>(Data(x), nullptr, Scales(in[1], nullptr, x.shape, spec), Data(out[0]), x.dtype,
+                            Tiling(x.elements(), 0, spec), spec, executor);
   return {};
 }
 
@@ -47,15 +58,58 @@ Status dequantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& exec
   const TensorView& x = out[0];
   const int64_t row = last_length(x);
   elementwise<DequantizeBody>(Codes(in[0], spec, row), nullptr, Scales(in[1], zero_point(in, 2), x.shape, spec),
-                              Data(x), limit_of(x.dtype), Tiling(x.elements(), row, spec), spec, executor);
+                              Data(x), x.dtype, Tiling(x.elements(), row, spec), spec, executor);
   return {};
+}
+
+/// `count` indices of `axis`, from `first`.
+TensorView slice(TensorView t, int axis, int64_t first, int64_t count) {
+  t.data = static_cast<char*>(t.data) + first * t.strides[axis] * bytes_of(t.dtype);
+  t.shape[axis] = count;
+  return t;
+}
+
+/// y = R(x / t) * t, t being s, or half of it for some pairs of neighbours. An odd element at the end of an axis is a
+/// pair by itself.
+void fake_quantize_pairs(const TensorView& x, const TensorView& scale, const TensorView& out, const QuantSpec& spec,
+                         Executor& executor) {
+  const int axis = spec.block_axis();
+  const int64_t n = x.shape[axis], even = n - n % 2;
+  if (even > 0) {
+    const TensorView from = slice(x, axis, 0, even), to = slice(out, axis, 0, even);
+    // Elements 1, 0, 3, 2, ... of the axis.
+    TensorView swapped = from;
+    Walk partners;
+    for (int d = 0; d < x.rank; ++d) {
+      if (d != axis) {
+        partners.push(from.shape[d], from.strides[d], 1);
+        continue;
+      }
+      swapped = slice(from, axis, 1, even);
+      partners.push(even / 2, 2 * from.strides[d], 1);
+      partners.push(2, -from.strides[d], 1);
+    }
+    const Data other(swapped, partners);
+    elementwise<FakeQuantizeBody>(Data(from), &other, Scales(scale, nullptr, from.shape, spec), Data(to), x.dtype,
+                                  Tiling(from.elements(), 0, spec), spec, executor);
+  }
+  if (n > even) {
+    const TensorView from = slice(x, axis, even, 1), to = slice(out, axis, even, 1);
+    const TensorView last = slice(scale, axis, even / spec.block[axis], 1);
+    elementwise<FakeQuantizeBody>(Data(from), nullptr, Scales(last, nullptr, from.shape, spec), Data(to), x.dtype,
+                                  Tiling(from.elements(), 0, spec), spec, executor);
+  }
 }
 
 /// y = dequantize(quantize(x)), without the codes.
 Status fake_quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   const TensorView& x = in[0];
+  if (spec.scale_format == ScaleFormat::microexponents) {
+    fake_quantize_pairs(x, in[1], out[0], spec, executor);
+    return {};
+  }
   elementwise<FakeQuantizeBody>(Data(x), nullptr, Scales(in[1], zero_point(in, 2), x.shape, spec), Data(out[0]),
-                                limit_of(out[0].dtype), Tiling(x.elements(), 0, spec), spec, executor);
+                                x.dtype, Tiling(x.elements(), 0, spec), spec, executor);
   return {};
 }
 
@@ -64,7 +118,7 @@ Status fake_quantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Ex
   const TensorView& x = in[0];
   const Data grad(in[1]);
   elementwise<FakeQuantizeBackwardBody>(Data(x), &grad, Scales(in[2], zero_point(in, 3), x.shape, spec), Data(out[0]),
-                                        0.0f, Tiling(x.elements(), 0, spec), spec, executor);
+                                        x.dtype, Tiling(x.elements(), 0, spec), spec, executor);
   return {};
 }
 
@@ -132,6 +186,59 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Execu
       },
       &task);
   return {};
+}
+
+/// The value of a tensor of one element.
+float number(const TensorView& t) {
+  const FloatEnvironment environment;
+  float value;
+  return *Data(t).load(0, 1, &value);
+}
+
+/// dx = g inside the range, else 0; ds = n * sum(g * slope) over each group (numerics.h, slope_of).
+Status learn(Tensors in, Tensors out, const TensorView& scale, double factor, const QuantSpec& spec,
+             Executor& executor) {
+  if (LearnScales::run(in[0], in[1], scale, zero_point(in, 4), out[0], out[1], factor, spec, executor)) return {};
+  return {ErrorKind::memory, "out of memory for the partial sums"};
+}
+
+Status lsq_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  return learn(in, out, in[2], double(number(in[3])), spec, executor);
+}
+
+/// TQT's numbers: the range [-domain, domain - 1] and the scale 2^ceil(t) / domain.
+struct Threshold {
+  QuantSpec spec;
+  float scale;
+
+  Threshold(const TensorView& t, const TensorView& n, const QuantSpec& given) : spec(given) {
+    const float threshold = number(t), domain = number(n);
+    const FloatEnvironment environment;
+    spec.quant_min = -domain;
+    spec.quant_max = domain - 1.0f;
+    scale = threshold_scale(threshold, domain);
+  }
+
+  /// The scale as a 0-d tensor, for as long as this object stays where it is.
+  TensorView view() {
+    TensorView v;
+    v.data = &scale;
+    return v;
+  }
+};
+
+/// y = fake_quantize(x) with the scale that a threshold gives.
+Status tqt_quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  Threshold threshold(in[1], in[2], spec);
+  const TensorView operands[] = {in[0], threshold.view(), in[in.size() - 1]};
+  return fake_quantize(Tensors(operands, in.size() - 1), out, threshold.spec, executor);
+}
+
+/// dt = s * ln 2 * sum(g * slope).
+Status tqt_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  constexpr double kLn2 = 0.69314718055994530942;
+  Threshold threshold(in[2], in[3], spec);
+  return learn(in, out, threshold.view(), double(threshold.scale) * kLn2, threshold.spec, executor);
 }
 
 /// Every element of `from` into `to`; one of them is Data, the other Codes.

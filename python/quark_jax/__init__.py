@@ -1,6 +1,15 @@
 """quark-kernels for JAX."""
 
-from quark_jax.functions import choose_qparams, dequantize, fake_quantize, pack, quantize, unpack
+from quark_jax.functions import (
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    lsq_quantize,
+    pack,
+    quantize,
+    tqt_quantize,
+    unpack,
+)
 from quark_jax.qtensor import QTensor
 from quark_kernels import (
     PRESETS,
@@ -26,7 +35,9 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "lsq_quantize",
     "pack",
     "quantize",
+    "tqt_quantize",
     "unpack",
 ]

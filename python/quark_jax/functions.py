@@ -15,23 +15,31 @@ import numpy as np
 
 from quark_jax.primitives import call
 from quark_jax.qtensor import QTensor
-from quark_kernels import schema
+from quark_kernels import documented, schema
+from quark_kernels.documented import Given, Layout, LearnPlan
+from quark_kernels.formats import ROUNDINGS
 from quark_kernels.schema import OpSpec, Shape
 from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
+
+ONE: Any = np.float32(1)
+"""The scale 1."""
+NUMBER = "a number, a jax.Array or a NumPy array"
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _check_array(name: str, x: object) -> jax.Array:
+def check_array(name: str, x: object, allowed: str = "a jax.Array or NumPy array") -> jax.Array:
+    """Return ``x`` as a JAX array. Raises TypeError unless it is an array."""
     if isinstance(x, jax.Array):
         return x
     if isinstance(x, (np.ndarray, np.generic)):
         return jnp.asarray(x)
-    raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: a jax.Array or NumPy array")
+    raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: {allowed}")
 
 
-def _check_data(name: str, x: object) -> jax.Array:
-    x = _check_array(name, x)
+def check_data(name: str, x: object) -> jax.Array:
+    """Return ``x`` as a JAX array. Raises TypeError unless it is an array of a data dtype."""
+    x = check_array(name, x)
     schema.expect_float(name, x.dtype.name)
     return x
 
@@ -60,15 +68,67 @@ def _scales(
         scale = np.float32(scale)
     if isinstance(zero_point, numbers.Integral):
         zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
-    scale = _check_array("scale", scale)
+    scale = check_array("scale", scale)
     schema.expect_scale(scale.dtype.name)
     scale = scale.reshape(schema.scale_argument_shape("scale", scale.shape, spec, op_spec, shape))
     if zero_point is not None:
-        zero_point = _check_array("zero_point", zero_point)
+        zero_point = check_array("zero_point", zero_point)
         schema.expect_integer("zero_point", zero_point.dtype.name)
         normal = schema.scale_argument_shape("zero_point", zero_point.shape, spec, op_spec, shape)
         zero_point = zero_point.reshape(normal).astype(np.int32)
     return scale.astype(np.float32), zero_point
+
+
+def scale_array(name: str, scale: Any) -> jax.Array:
+    """Return a given scale (or another number of the user's) as an array that the core takes."""
+    if isinstance(scale, numbers.Real):
+        scale = np.float32(scale)
+    array = check_array(name, scale, NUMBER)
+    schema.expect_scale(array.dtype.name, name)
+    return array
+
+
+def number_array(name: str, value: Any) -> jax.Array:
+    """Return a number, or an array of one element and any real dtype, as a 0-d float32 array."""
+    if isinstance(value, numbers.Real):
+        value = np.float32(value)
+    array = check_array(name, value, NUMBER)
+    documented.expect_single(name, array.shape)
+    return array.reshape(()).astype(np.float32)
+
+
+def zero_point_array(zero_point: Any) -> jax.Array | None:
+    """Return a given zero point as an int32 or float32 array."""
+    if zero_point is None:
+        return None
+    if isinstance(zero_point, numbers.Integral):
+        zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
+    elif isinstance(zero_point, numbers.Real):
+        zero_point = np.float32(zero_point)
+    array = check_array("zero_point", zero_point, NUMBER)
+    schema.expect_zero_point(array.dtype.name)
+    return array.astype(np.float32 if jnp.issubdtype(array.dtype, jnp.floating) else np.int32)
+
+
+def given(a: jax.Array | None) -> Any:
+    """Return what a plan needs to know of a scale or zero point; None of None."""
+    return None if a is None else Given(a.shape, bool(jnp.issubdtype(a.dtype, jnp.floating)))
+
+
+def arrange(a: jax.Array | None, layout: Layout | None) -> jax.Array | None:
+    """Return a scale or zero point in the core's layout."""
+    if a is None or layout is None:
+        return None
+    a = a.reshape(layout.shape)
+    if layout.swap is not None:
+        a = a.swapaxes(*layout.swap)
+    return jnp.broadcast_to(a, layout.normal)
+
+
+def converted(a: jax.Array, dtype: str) -> jax.Array:
+    """Return a gradient in another dtype: by the core, where that rounds."""
+    step = documented.conversion(a.dtype.name, dtype, a.shape)
+    return a.astype(dtype) if step is None else call(step[0], [a, ONE, None], step[1])[0]
 
 
 def _part(a: jax.Array) -> schema.Part:
@@ -118,7 +178,7 @@ def quantize(
         ValueError: a wrong name, shape, axis, size or combination.
 
     """
-    x = _check_data("x", x)
+    x = check_data("x", x)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size, packed)
     given = _scales(whole, op_spec, x.shape, scale, zero_point)
     if given is None:
@@ -159,7 +219,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
         raise TypeError("dtype is float64; JAX has it only with jax_enable_x64")
     whole, op_spec = schema.plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
     for part in ("qvalue", "scale", *([] if q.zero_point is None else ["zero_point"])):
-        _check_array(f"q.{part}", getattr(q, part))
+        check_array(f"q.{part}", getattr(q, part))
     zero_part = None if q.zero_point is None else _part(q.zero_point)
     normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
     zero = None if q.zero_point is None else q.zero_point.reshape(normal)
@@ -197,7 +257,7 @@ def fake_quantize(
         ValueError: a wrong name, shape, axis, size or combination.
 
     """
-    x = _check_data("x", x)
+    x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
     s, zero = _scales(whole, op_spec, x.shape, scale, zero_point) or (None, None)
@@ -229,11 +289,93 @@ def choose_qparams(
         ValueError: a wrong name, axis or size.
 
     """
-    x = _check_data("x", x)
+    x = check_data("x", x)
     one_of("method", method, schema.METHODS)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
     s, *z = [_public(a, whole) for a in _choose_qparams(x, op_spec)]
     return s, z[0] if z else None
+
+
+def lsq_quantize(
+    x: jax.Array,
+    scale: jax.Array | float,
+    zero_point: jax.Array | int | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    grad_factor: jax.Array | float | None = None,
+    rounding: str = "half_even",
+) -> jax.Array:
+    """Fake-quantize ``x`` with a scale that learns (LSQ, arXiv 1902.08153).
+
+    The result is that of ``fake_quantize``: ``(clamp(R(x / scale) + z, quant_min, quant_max) - z) * scale``. The
+    gradient of x is g where ``r = R(x / scale) + z`` is in the range, else 0; that of scale is ``grad_factor * sum(g *
+    d)`` over the elements of each scale, d being R(x / scale) - x / scale inside, quant_min - z below, quant_max - z
+    above.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64 (computed in float32).
+        scale: one element of any shape; with ``axis`` ``x.shape[axis]`` of them. float32, float16 or bfloat16.
+        zero_point: integers shaped like ``scale``; None: 0. It has no gradient.
+        quant_min: the least code.
+        quant_max: the greatest code; the range has at most 16 bits.
+        axis: the channels' axis; None: one scale for the whole array.
+        grad_factor: what the scale's gradient is multiplied by; None: ``1 / sqrt(n * quant_max)``, n elements a scale.
+        rounding: ``half_even``, ``half_up``, ``half_away``, ``floor``, ``ceil`` or ``toward_zero``.
+
+    Returns:
+        An array of x's shape and dtype. First-order gradients only.
+
+    Raises:
+        TypeError: a wrong kind of array or dtype.
+        ValueError: a wrong name, shape, axis, range or combination.
+
+    """
+    x = check_data("x", x)
+    one_of("rounding", rounding, ROUNDINGS)
+    s, z = scale_array("scale", scale), zero_point_array(zero_point)
+    plan = documented.everyday_lsq_plan(x.shape, given(s), given(z), quant_min, quant_max, axis, rounding)
+    factor = documented.grad_factor(x.size, s.size, quant_max) if grad_factor is None else grad_factor
+    return learned("lsq", x, s, number_array("grad_factor", factor), z, plan)
+
+
+def tqt_quantize(
+    x: jax.Array,
+    log_threshold: jax.Array | float,
+    *,
+    bits: int = 8,
+    zero_point: jax.Array | int | None = None,
+    rounding: str = "half_even",
+) -> jax.Array:
+    """Fake-quantize ``x`` with a power-of-two scale whose threshold learns (TQT, arXiv 1903.08066).
+
+    The result is that of ``fake_quantize`` with ``scale = 2^ceil(log_threshold) / 2^(bits - 1)`` and the range of
+    signed integers of that width. The gradient of x is g where ``r = R(x / scale) + z`` is in the range, else 0; that
+    of log_threshold is ``scale * ln2 * sum(g * d)``, d being R(x / scale) - x / scale inside, the range's end - z
+    outside.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64 (computed in float32).
+        log_threshold: one element; float32, float16 or bfloat16: the base-2 logarithm of the threshold. Its ceiling is
+            clamped to -126 .. 127.
+        bits: 2 to 16.
+        zero_point: one integer; None: 0. It has no gradient.
+        rounding: as for ``lsq_quantize``.
+
+    Returns:
+        An array of x's shape and dtype. First-order gradients only.
+
+    Raises:
+        TypeError: a wrong kind of array or dtype.
+        ValueError: a wrong name, shape or width.
+
+    """
+    x = check_data("x", x)
+    one_of("rounding", rounding, ROUNDINGS)
+    t, z = scale_array("log_threshold", log_threshold), zero_point_array(zero_point)
+    plan, domain = documented.everyday_tqt_plan(x.shape, given(t), given(z), bits, rounding)
+    return learned("tqt", x, t, number_array("domain", domain), z, plan)
 
 
 def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
@@ -283,7 +425,7 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1, *, signed: bool) -> jax
 
 
 def _check_bytes(name: str, x: object) -> jax.Array:
-    x = _check_array(name, x)
+    x = check_array(name, x)
     if x.dtype.name not in ("int8", "uint8"):
         raise TypeError(f"{name} has dtype {x.dtype.name}; allowed: int8, uint8")
     return x
@@ -395,3 +537,47 @@ def _to_scale_backward(spec: OpSpec, saved: Any, dscale: jax.Array) -> Any:
 
 
 _to_scale.defvjp(_to_scale_forward, _to_scale_backward)
+
+
+# ---- learned scales --------------------------------------------------------------------------------------------------
+
+
+def learned(
+    kind: str, x: jax.Array, parameter: jax.Array, number: jax.Array, zero_point: jax.Array | None, plan: LearnPlan
+) -> jax.Array:
+    """Compute a fake quantization whose ``parameter`` learns: ``kind`` is lsq (a scale) or tqt (a threshold)."""
+    p, z = arrange(parameter, plan.scale), arrange(zero_point, plan.zero_point)
+    y: jax.Array = _learned(x, p, number, z, kind, plan.forward, plan.backward)
+    return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _learned_vjp(
+    x: jax.Array,
+    parameter: jax.Array,
+    number: jax.Array,
+    zero_point: jax.Array | None,
+    kind: str,
+    forward: OpSpec,
+    backward: OpSpec,
+) -> jax.Array:
+    if kind == "lsq":
+        return call("fake_quantize", [x, parameter, zero_point], forward)[0]
+    return call("tqt_quantize", [x, parameter, number, zero_point], forward)[0]
+
+
+def _learned_forward(
+    x: Any, parameter: Any, number: Any, zero_point: Any, kind: str, forward: OpSpec, backward: OpSpec
+) -> tuple[jax.Array, Any]:
+    y = _learned_vjp(x, parameter, number, zero_point, kind, forward, backward)
+    return y, (x, parameter, number, zero_point)
+
+
+def _learned_backward(kind: str, forward: OpSpec, backward: OpSpec, saved: Any, grad: jax.Array) -> Any:
+    x, parameter, number, zero_point = saved
+    dx, dp = call(f"{kind}_backward", [x, grad, parameter, number, zero_point], backward)
+    return dx, converted(dp.reshape(parameter.shape), parameter.dtype.name), None, None
+
+
+_learned_vjp.defvjp(_learned_forward, _learned_backward)
+_learned = jax.jit(_learned_vjp, static_argnums=(4, 5, 6))

@@ -63,7 +63,7 @@ class OpSpec:
     length: int | None = None
     """Logical length of the last axis where codes are packed."""
     dtype: str | None = None
-    """Name of the dtype of data outputs; None: that of the data input."""
+    """Name of the dtype of data outputs and unpacked codes; None: that of the data input, and the format's."""
     text: str = field(init=False, compare=False, repr=False)
     """The core's text form, made once."""
 
@@ -244,7 +244,7 @@ def _output(kind: str, spec: OpSpec, shape: Shape, dtype: str) -> tuple[Shape, s
         case "x" | "c":
             return shape, spec.dtype or dtype
         case "q":
-            return stored_shape(spec, shape), spec.code_dtype
+            return stored_shape(spec, shape), spec.code_dtype if spec.packed else spec.dtype or spec.code_dtype
         case _:
             return spec.scale_shape(shape), "float32" if kind == "s" else "int32"
 
@@ -272,10 +272,10 @@ def expect_float(name: str, dtype: str) -> None:
         raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
 
 
-def expect_scale(dtype: str) -> None:
+def expect_scale(dtype: str, name: str = "scale") -> None:
     """Raise TypeError unless a scale of this dtype becomes float32 exactly."""
     if dtype not in SCALE_DTYPES:
-        raise TypeError(f"scale has dtype {dtype}; allowed: {', '.join(SCALE_DTYPES)}")
+        raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(SCALE_DTYPES)}")
 
 
 def int32_zero_point(value: int) -> int:
@@ -289,6 +289,12 @@ def expect_integer(name: str, dtype: str) -> None:
     """Raise TypeError unless the dtype is an integer one that zero points may have."""
     if dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(INTEGER_DTYPES)}")
+
+
+def expect_zero_point(dtype: str) -> None:
+    """Raise TypeError unless the documented functions take zero points of this dtype."""
+    if dtype not in (*INTEGER_DTYPES, *SCALE_DTYPES):
+        raise TypeError(f"zero_point has dtype {dtype}; allowed: {', '.join((*INTEGER_DTYPES, *SCALE_DTYPES))}")
 
 
 def scale_argument_shape(name: str, given: Shape, spec: QuantSpec, op_spec: OpSpec, shape: Shape) -> Shape:

@@ -10,7 +10,16 @@ from quark_kernels import (
     QuantSpec,
     __version__,
 )
-from quark_torch.functions import choose_qparams, dequantize, fake_quantize, pack, quantize, unpack
+from quark_torch.functions import (
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    lsq_quantize,
+    pack,
+    quantize,
+    tqt_quantize,
+    unpack,
+)
 from quark_torch.qtensor import QTensor
 
 __all__ = [
@@ -26,7 +35,9 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "lsq_quantize",
     "pack",
     "quantize",
+    "tqt_quantize",
     "unpack",
 ]

@@ -7,29 +7,35 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from quark_kernels import schema
+from quark_kernels import documented, schema
+from quark_kernels.documented import Given, Layout, LearnPlan
+from quark_kernels.formats import ROUNDINGS
 from quark_kernels.schema import OpSpec
 from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 from quark_torch.ops import call, call_out, dtype_name
 from quark_torch.qtensor import QTensor
 
+NUMBER = "a number or a torch.Tensor"
 SpecLike = str | torch.dtype | QuantSpec
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _check_tensor(name: str, x: object) -> torch.Tensor:
+def check_tensor(name: str, x: object, allowed: str = "a torch.Tensor") -> torch.Tensor:
+    """Return ``x``. Raises TypeError unless it is a dense tensor."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: a torch.Tensor")
+        raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: {allowed}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} has layout {x.layout}; allowed: torch.strided (dense)")
     return x
 
 
-def _check_data(name: str, x: object) -> torch.Tensor:
-    x = _check_tensor(name, x)
+def check_data(name: str, x: object) -> torch.Tensor:
+    """Return ``x``. Raises TypeError unless it is a tensor of a data dtype."""
+    x = check_tensor(name, x)
     schema.expect_float(name, dtype_name(x.dtype))
     return x
 
@@ -52,11 +58,11 @@ def _scales(
         return None
     if isinstance(scale, numbers.Real):
         scale = torch.tensor(float(scale), dtype=torch.float32, device=x.device)
-    schema.expect_scale(dtype_name(_check_tensor("scale", scale).dtype))
+    schema.expect_scale(dtype_name(check_tensor("scale", scale).dtype))
     if isinstance(zero_point, numbers.Integral):
         zero_point = torch.tensor(schema.int32_zero_point(int(zero_point)), dtype=torch.int32, device=x.device)
     if zero_point is not None:
-        schema.expect_integer("zero_point", dtype_name(_check_tensor("zero_point", zero_point).dtype))
+        schema.expect_integer("zero_point", dtype_name(check_tensor("zero_point", zero_point).dtype))
     shape = tuple(x.shape)
     for name, t in (("scale", scale), ("zero_point", zero_point)):
         if t is not None and t.device != x.device:
@@ -66,6 +72,68 @@ def _scales(
         normal = schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, op_spec, shape)
         zero_point = zero_point.reshape(normal).to(torch.int32)
     return scale, zero_point
+
+
+def scale_tensor(name: str, scale: Any, like: torch.Tensor) -> torch.Tensor:
+    """Return a given scale (or another number of the user's) as a float32 tensor beside ``like``."""
+    if isinstance(scale, numbers.Real):
+        return torch.tensor(float(scale), dtype=torch.float32, device=like.device)
+    schema.expect_scale(dtype_name(check_tensor(name, scale, NUMBER).dtype), name)
+    return _beside(name, scale, like).detach().float()
+
+
+def number_tensor(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
+    """Return a number, or a tensor of one element and any real dtype, as a 0-d float32 tensor beside ``like``."""
+    if isinstance(value, numbers.Real):
+        return torch.tensor(float(value), dtype=torch.float32, device=like.device)
+    documented.expect_single(name, tuple(check_tensor(name, value, NUMBER).shape))
+    return _beside(name, value, like).detach().reshape(()).to(torch.float32)
+
+
+def zero_point_tensor(zero_point: Any, like: torch.Tensor) -> torch.Tensor | None:
+    """Return a given zero point as an int32 or float32 tensor beside ``like``."""
+    if zero_point is None:
+        return None
+    if isinstance(zero_point, numbers.Integral):
+        value = schema.int32_zero_point(int(zero_point))
+        return torch.tensor(value, dtype=torch.int32, device=like.device)
+    if isinstance(zero_point, numbers.Real):
+        return torch.tensor(float(zero_point), dtype=torch.float32, device=like.device)
+    zero_point = _beside("zero_point", check_tensor("zero_point", zero_point, NUMBER), like)
+    schema.expect_zero_point(dtype_name(zero_point.dtype))
+    return zero_point.detach().to(torch.float32 if zero_point.is_floating_point() else torch.int32)  # type: ignore[no-any-return]
+
+
+def _beside(name: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}; the data is on {like.device}, allowed: the same device")
+    return t
+
+
+def given(t: torch.Tensor | None) -> Any:
+    """Return what a plan needs to know of a scale or zero point; None of None."""
+    return None if t is None else Given(tuple(t.shape), t.is_floating_point())
+
+
+def arrange(t: torch.Tensor | None, layout: Layout | None) -> torch.Tensor | None:
+    """Return a scale or zero point in the core's layout."""
+    if t is None or layout is None:
+        return None
+    t = t.reshape(layout.shape)
+    if layout.swap is not None:
+        t = t.swapaxes(*layout.swap)
+    return t.expand(layout.normal)
+
+
+def one(like: torch.Tensor) -> torch.Tensor:
+    """Return the scale 1."""
+    return torch.ones((), dtype=torch.float32, device=like.device)
+
+
+def converted(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a gradient in another dtype: by the core, where that rounds."""
+    step = documented.conversion(dtype_name(t.dtype), dtype_name(dtype), tuple(t.shape))
+    return t.to(dtype) if step is None else call(step[0], [t, one(t), None], step[1])
 
 
 def _part(t: torch.Tensor) -> schema.Part:
@@ -113,7 +181,7 @@ def quantize(
         ValueError: a wrong name, shape, axis, size or combination.
 
     """
-    x = _check_data("x", x)
+    x = check_data("x", x)
     shape = tuple(x.shape)
     whole, op_spec = _plan(_spec(spec), shape, axis, group_size, packed)
     given = _scales(whole, op_spec, x, scale, zero_point)
@@ -152,7 +220,7 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     schema.expect_float("dtype", name)
     whole, op_spec = _plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
     for part in ("qvalue", "scale", *([] if q.zero_point is None else ["zero_point"])):
-        if _check_tensor(f"q.{part}", getattr(q, part)).device != q.qvalue.device:
+        if check_tensor(f"q.{part}", getattr(q, part)).device != q.qvalue.device:
             raise ValueError(f"q.{part} is on {getattr(q, part).device}; q.qvalue is on {q.qvalue.device}")
     zero_part = None if q.zero_point is None else _part(q.zero_point)
     normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
@@ -195,7 +263,7 @@ def fake_quantize(
         ValueError: a wrong name, shape, axis, size or combination.
 
     """
-    x = _check_data("x", x)
+    x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
     whole, op_spec = _plan(_spec(spec), tuple(x.shape), axis, group_size)
     given = _scales(whole, op_spec, x, scale, zero_point)
@@ -210,7 +278,7 @@ def fake_quantize(
 
 
 def _fake_quantize_out(x: torch.Tensor, given: Any, op_spec: OpSpec, out: torch.Tensor) -> torch.Tensor:
-    _check_tensor("out", out)
+    check_tensor("out", out)
     if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
             f"out is {dtype_name(out.dtype)} {tuple(out.shape)} on {out.device}; allowed: like x, "
@@ -264,12 +332,96 @@ def choose_qparams(
         ValueError: a wrong name, axis or size.
 
     """
-    x = _check_data("x", x)
+    x = check_data("x", x)
     one_of("method", method, schema.METHODS)
     shape = tuple(x.shape)
     whole, op_spec = _plan(_spec(spec), shape, axis, group_size)
     s, *z = [_public(t, whole) for t in _choose(x, op_spec)]
     return s, z[0] if z else None
+
+
+def lsq_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor | float,
+    zero_point: torch.Tensor | int | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    grad_factor: float | None = None,
+    rounding: str = "half_even",
+) -> torch.Tensor:
+    """Fake-quantize ``x`` with a scale that learns (LSQ, arXiv 1902.08153).
+
+    The result is that of ``fake_quantize``: ``(clamp(R(x / scale) + z, quant_min, quant_max) - z) * scale``. The
+    gradient of x is g where ``r = R(x / scale) + z`` is in the range, else 0; that of scale is ``grad_factor * sum(g *
+    d)`` over the elements of each scale, d being R(x / scale) - x / scale inside, quant_min - z below, quant_max - z
+    above.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64 (computed in float32).
+        scale: one element of any shape; with ``axis`` ``x.shape[axis]`` of them. float32, float16 or bfloat16.
+        zero_point: integers shaped like ``scale``; None: 0. It has no gradient.
+        quant_min: the least code.
+        quant_max: the greatest code; the range has at most 16 bits.
+        axis: the channels' axis; None: one scale for the whole tensor.
+        grad_factor: what the scale's gradient is multiplied by; None: ``1 / sqrt(n * quant_max)``, n elements a scale.
+        rounding: ``half_even``, ``half_up``, ``half_away``, ``floor``, ``ceil`` or ``toward_zero``.
+
+    Returns:
+        A tensor of x's shape and dtype. First-order gradients only.
+
+    Raises:
+        TypeError: a wrong kind of tensor or dtype.
+        ValueError: a wrong name, shape, axis, range or combination.
+
+    """
+    x = check_data("x", x)
+    one_of("rounding", rounding, ROUNDINGS)
+    s, z = scale_tensor("scale", scale, x), zero_point_tensor(zero_point, x)
+    plan = documented.everyday_lsq_plan(tuple(x.shape), given(s), given(z), quant_min, quant_max, axis, rounding)
+    factor = documented.grad_factor(x.numel(), s.numel(), quant_max) if grad_factor is None else grad_factor
+    number = number_tensor("grad_factor", factor, x)
+    return _Learned.apply(x, scale, number, z, "lsq", plan)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def tqt_quantize(
+    x: torch.Tensor,
+    log_threshold: torch.Tensor | float,
+    *,
+    bits: int = 8,
+    zero_point: torch.Tensor | int | None = None,
+    rounding: str = "half_even",
+) -> torch.Tensor:
+    """Fake-quantize ``x`` with a power-of-two scale whose threshold learns (TQT, arXiv 1903.08066).
+
+    The result is that of ``fake_quantize`` with ``scale = 2^ceil(log_threshold) / 2^(bits - 1)`` and the range of
+    signed integers of that width. The gradient of x is g where ``r = R(x / scale) + z`` is in the range, else 0; that
+    of log_threshold is ``scale * ln2 * sum(g * d)``, d being R(x / scale) - x / scale inside, the range's end - z
+    outside.
+
+    Args:
+        x: any shape; float32, float16, bfloat16 or float64 (computed in float32).
+        log_threshold: one element; float32, float16 or bfloat16: the base-2 logarithm of the threshold. Its ceiling is
+            clamped to -126 .. 127.
+        bits: 2 to 16.
+        zero_point: one integer; None: 0. It has no gradient.
+        rounding: as for ``lsq_quantize``.
+
+    Returns:
+        A tensor of x's shape and dtype. First-order gradients only.
+
+    Raises:
+        TypeError: a wrong kind of tensor or dtype.
+        ValueError: a wrong name, shape or width.
+
+    """
+    x = check_data("x", x)
+    one_of("rounding", rounding, ROUNDINGS)
+    t, z = scale_tensor("log_threshold", log_threshold, x), zero_point_tensor(zero_point, x)
+    plan, domain = documented.everyday_tqt_plan(tuple(x.shape), given(t), given(z), bits, rounding)
+    number = number_tensor("domain", domain, x)
+    return _Learned.apply(x, log_threshold, number, z, "tqt", plan)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def pack(codes: torch.Tensor, bits: int, axis: int = -1) -> torch.Tensor:
@@ -319,7 +471,7 @@ def unpack(packed: torch.Tensor, bits: int, axis: int = -1, *, signed: bool) -> 
 
 
 def _check_bytes(name: str, x: object) -> torch.Tensor:
-    x = _check_tensor(name, x)
+    x = check_tensor(name, x)
     if x.dtype not in (torch.int8, torch.uint8):
         raise TypeError(f"{name} has dtype {dtype_name(x.dtype)}; allowed: int8, uint8")
     return x
@@ -393,3 +545,52 @@ class _DequantizeBackward(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, zero_point = ctx.saved_tensors
         return _Dequantize.apply(q, grad, zero_point, ctx.spec), None, None, None  # type: ignore[no-untyped-call]
+
+
+def learn_forward(
+    ctx: Any,
+    kind: str,
+    x: torch.Tensor,
+    parameter: Any,
+    number: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    plan: LearnPlan,
+) -> torch.Tensor:
+    """Compute a fake quantization whose ``parameter`` learns: ``kind`` is lsq (a scale) or tqt (a threshold)."""
+    p, z = arrange(scale_tensor("scale", parameter, x), plan.scale), arrange(zero_point, plan.zero_point)
+    ctx.kind, ctx.spec = kind, plan.backward
+    is_tensor = isinstance(parameter, torch.Tensor)
+    ctx.parameter = (parameter.shape, parameter.dtype) if is_tensor else None
+    ctx.save_for_backward(x, p, number, z)
+    if kind == "lsq":
+        return call("fake_quantize", [x, p, z], plan.forward)  # type: ignore[no-any-return]
+    return call("tqt_quantize", [x, p, number, z], plan.forward)  # type: ignore[no-any-return]
+
+
+def learn_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute the gradients of x and of the parameter."""
+    x, p, number, z = ctx.saved_tensors
+    dx, dp = call(f"{ctx.kind}_backward", [x, grad, p, number, z], ctx.spec)
+    if ctx.parameter is None:
+        return dx, None
+    shape, dtype = ctx.parameter
+    return dx, converted(dp.reshape(shape), dtype)
+
+
+class _Learned(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        parameter: Any,
+        number: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        kind: str,
+        plan: LearnPlan,
+    ) -> torch.Tensor:
+        return learn_forward(ctx, kind, x, parameter, number, zero_point, plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return *learn_backward(ctx, grad), None, None, None, None
