@@ -359,7 +359,8 @@ TileLoop tile_loop_for(const QuantSpec& spec, DType data, bool has_zero_point) {
   }
   if (!f.is_integer()) return tile_loop_for<Body, Arithmetic::minifloat>(spec.rounding);
   // A range of more than 16 bits is beyond the shortcut of `integer`.
-  if (has_zero_point || spec.ieee) return tile_loop_for<Body, Arithmetic::affine>(spec.rounding);
+  const bool is_wide = spec.quant_min < -0x1p22f || spec.quant_max > 0x1p22f;
+  if (has_zero_point || spec.ieee || is_wide) return tile_loop_for<Body, Arithmetic::affine>(spec.rounding);
   return tile_loop_for<Body, Arithmetic::integer>(spec.rounding);
 }
 

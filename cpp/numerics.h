@@ -231,7 +231,7 @@ QUARK_INLINE float quantize_value(float x, float s, float z, const Grid& g) {
   }
   if constexpr (has_zero(A)) {
     const float t = is_nan(v) ? float_of(g.nan) : v;
-    return clamp(round_to_integer<R>(clamp(t, g.lo - z, g.hi - z)) + z, g.lo, g.hi);
+    return clamp(round_to_integer<R>(t) + z, g.lo, g.hi);
   }
   float y = v;
   if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, g.lo, g.hi), g);
@@ -246,8 +246,7 @@ template <Arithmetic A, Rounding R>
 QUARK_INLINE bool is_inside(float x, float s, float z, const Grid& g) {
   const float v = quotient<A>(x, s);
   if constexpr (A == Arithmetic::integer || A == Arithmetic::affine) {
-    // Two codes past the end are as far outside as infinity.
-    const float q = round_to_integer<R>(clamp(v, g.lo - z - 2.0f, g.hi - z + 2.0f)) + z;
+    const float q = round_to_integer<R>(v) + z;
     return q >= g.lo && q <= g.hi;
   }
   float y = v;
@@ -288,9 +287,10 @@ QUARK_INLINE float shared_exponent_value(float x, float partner, float s, float 
   const float own = is_finite(x) ? magnitude(x) : 0.0f;
   const float other = is_finite(partner) ? magnitude(partner) : 0.0f;
   const float t = own < below && other < below ? s * 0.5f : s;
-  const float q = round_small_to_integer<R>(clamp(x / t, g.lo, g.hi)) + 0.0f;
+  const float y = (round_small_to_integer<R>(clamp(x / t, g.lo, g.hi)) + 0.0f) * t;
   const float kept = float_of((is_nan(x) ? bits_of(nan_like(x)) : bits_of(x)) & g.non_finite);
-  return is_finite(x) ? clamp(q * t, -limit, limit) : kept;
+  const float finite = is_nan(y) ? nan_like(x) : clamp(y, -limit, limit);
+  return is_finite(x) ? finite : kept;
 }
 
 // ---- learned scales -----------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ QUARK_INLINE uint32_t exponent_key(float x, const Grid& g) {
   const uint32_t subnormal = m == 0 ? 0u : bits_of(float(int32_t(m))) - (126u << 23);
   const uint32_t wide = m >= kMinNormal ? m + (23u << 23) : subnormal;
   const uint32_t dropped = uint32_t(23 + g.code_exponent);  // bits - 1 significant bits stay
-  const uint32_t rounded = wide + (1u << (dropped - 1)) - 1u + ((wide >> dropped) & 1u);
+  const uint32_t rounded = wide + (1u << (dropped - 1)) - 1u + (((wide | kMinNormal) >> dropped) & 1u);
   return (sign_of(x) || m == 0 ? wide : rounded) >> 23;
 }
 

@@ -6,6 +6,8 @@
 #include <string>
 #include <unordered_map>
 
+#include "parallel.h"
+
 namespace quark {
 namespace {
 
@@ -96,7 +98,9 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
   if (is_integer) {
     if (!has_min) spec.quant_min = f.lo;
     if (!has_max) spec.quant_max = f.hi;
-    const float lo = spec.ieee ? -0x1p23f : f.lo, hi = spec.ieee ? 0x1p23f : f.hi;
+    const FloatEnvironment environment;  // comparing NaN traps where the host wants that
+    const bool is_free = spec.ieee && !spec.packed && !spec.shares_exponent();
+    const float lo = is_free ? -0x1p23f : f.lo, hi = is_free ? 0x1p23f : f.hi;
     const auto is_code = [&](float v) { return v >= lo && v <= hi && std::nearbyint(v) == v; };
     if (!is_code(spec.quant_min) || !is_code(spec.quant_max) || spec.quant_min >= spec.quant_max)
       return value_error(std::string("spec: min and max must be codes of ") + f.name + " with min < max");
@@ -105,8 +109,8 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
   }
   if (!is_integer && (spec.reciprocal || spec.shifted))
     return value_error(std::string("spec: reciprocal and shifted are for integer formats, not ") + f.name);
-  if (is_integer && (spec.narrow || spec.plus_zero))
-    return value_error(std::string("spec: narrow and plus_zero are for float formats, not ") + f.name);
+  if ((is_integer || f.is_cast()) && (spec.narrow || spec.plus_zero))
+    return value_error(std::string("spec: narrow and plus_zero are for minifloat formats, not ") + f.name);
   if (spec.rounding != Rounding::half_even && (f.is_cast() || spec.narrow || spec.shares_exponent()))
     return value_error(std::string("spec: ") + f.name + (f.is_cast() ? " is a cast and" : " so computed") +
                        " rounds half_even only");
@@ -118,8 +122,10 @@ Status complete_scale(const QuantSpec& spec) {
   const Format& f = spec.format;
   if (spec.scale_format != ScaleFormat::float32 && (f.is_cast() || !spec.symmetric))
     return value_error(std::string("spec: scales of ") + f.name + " are float32 here: it is a cast or asymmetric");
-  if (spec.shares_exponent() && (!f.is_integer() || spec.reciprocal || spec.shifted))
-    return value_error(std::string("spec: a shared exponent goes with the plain integers, not with ") + f.name);
+  if (spec.shares_exponent() && (!f.is_integer() || f.lo == 0 || f.bits < 3 || spec.reciprocal || spec.shifted))
+    return value_error(std::string("spec: a shared exponent goes with signed integers of 3 bits or more, plainly "
+                                   "rounded, not with ") +
+                       f.name);
   if (spec.scale_format == ScaleFormat::microexponents) {
     const int axis = spec.block_axis();
     if (axis < 0 || spec.block[axis] == 0 || spec.block[axis] % 2 != 0)

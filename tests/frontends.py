@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from matrix import Case, numpy_dtype
+from matrix import Case, DocumentedCase, numpy_dtype
 from quark_kernels import _core
 from quark_kernels.schema import OPS, OpSpec, codes_spec, op_spec, outputs, scale_shape
 
@@ -201,6 +201,20 @@ class Torch(Framework):
         q.scale.requires_grad_()
         (grad,) = torch.autograd.grad(q.dequantize(), q.scale, self.array(case.gradient))
         return self._normal(case, grad)
+
+    def documented(self, case: DocumentedCase) -> Any:
+        """A documented function's class, applied: its result, gradients, and the arrays as they are afterwards."""
+        import torch
+
+        from conformance_cases import Result
+        from quark.torch import kernel
+
+        arrays = {name: self.array(a) for name, a in case.arrays.items()}
+        inputs = [arrays[name].requires_grad_() for name in case.grads]
+        out = getattr(kernel, case.class_name).apply(*{**case.args, **arrays}.values())
+        grads = torch.autograd.grad(out, inputs, self.array(case.grad_output)) if inputs else ()
+        named = {name: self.numpy(grad) for name, grad in zip(case.grads, grads, strict=True)}
+        return Result(self.numpy(out), named, {name: self.numpy(a) for name, a in arrays.items()})
 
 
 class Jax(Framework):

@@ -1,4 +1,6 @@
 // The CPU kernels. Compiled once per level with QUARK_LEVEL naming it; the flags differ, the source doesn't.
+#include <type_traits>
+
 #include "../loops.h"
 #include "../reduce.h"
 #include "levels.h"
@@ -22,7 +24,8 @@ void elementwise(const In& x, const Data* other, const Scales& scales, const Out
                  const QuantSpec& spec, Executor& executor) {
   const TileLoop loop = tile_loop_for<Body>(spec, data, scales.has_zero_points());
   const Grid grid = make_grid(spec, data);
-  const float limit = limit_of(data, spec);
+  float limit = 0.0f;
+  if constexpr (std::is_same_v<Out, Data>) limit = limit_of(out.view.dtype, spec);
   for_each_tile(executor, tiling, [&](int64_t begin, int64_t count) {
     Buffers buffers;
     alignas(64) float others[kTile];
@@ -190,7 +193,6 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Execu
 
 /// The value of a tensor of one element.
 float number(const TensorView& t) {
-  const FloatEnvironment environment;
   float value;
   return *Data(t).load(0, 1, &value);
 }
@@ -203,6 +205,7 @@ Status learn(Tensors in, Tensors out, const TensorView& scale, double factor, co
 }
 
 Status lsq_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  const FloatEnvironment environment;  // a factor may be subnormal
   return learn(in, out, in[2], double(number(in[3])), spec, executor);
 }
 
@@ -213,7 +216,6 @@ struct Threshold {
 
   Threshold(const TensorView& t, const TensorView& n, const QuantSpec& given) : spec(given) {
     const float threshold = number(t), domain = number(n);
-    const FloatEnvironment environment;
     spec.quant_min = -domain;
     spec.quant_max = domain - 1.0f;
     scale = threshold_scale(threshold, domain);
@@ -229,6 +231,7 @@ struct Threshold {
 
 /// y = fake_quantize(x) with the scale that a threshold gives.
 Status tqt_quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  const FloatEnvironment environment;  // a scale may be subnormal
   Threshold threshold(in[1], in[2], spec);
   const TensorView operands[] = {in[0], threshold.view(), in[in.size() - 1]};
   return fake_quantize(Tensors(operands, in.size() - 1), out, threshold.spec, executor);
@@ -237,30 +240,37 @@ Status tqt_quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& ex
 /// dt = s * ln 2 * sum(g * slope).
 Status tqt_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   constexpr double kLn2 = 0.69314718055994530942;
+  const FloatEnvironment environment;
   Threshold threshold(in[2], in[3], spec);
   return learn(in, out, threshold.view(), double(threshold.scale) * kLn2, threshold.spec, executor);
 }
 
-/// Every element of `from` into `to`; one of them is Data, the other Codes.
+/// Every element of `from` into `to`: Data or Codes.
 template <class From, class To>
-void move_codes(const From& from, const To& to, const Tiling& tiling, Executor& executor) {
+void move(const From& from, const To& to, const Tiling& tiling, Executor& executor) {
   for_each_tile(executor, tiling, [&](int64_t begin, int64_t count) {
     alignas(64) float buffer[kTile];
     to.store(begin, count, from.load(begin, count, buffer));
   });
 }
 
+/// The same numbers in another dtype.
+Status convert(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  move(Data(in[0]), Data(out[0]), Tiling(in[0].elements(), 0, spec), executor);
+  return {};
+}
+
 /// Codes one a byte to a bit stream per row of the last axis. Bits above the width are dropped.
 Status pack(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   const int64_t row = last_length(in[0]);
-  move_codes(Data(in[0]), Codes(out[0], spec, row), Tiling(in[0].elements(), row, spec), executor);
+  move(Data(in[0]), Codes(out[0], spec, row), Tiling(in[0].elements(), row, spec), executor);
   return {};
 }
 
 /// A bit stream per row of the last axis to codes one a byte.
 Status unpack(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   const int64_t row = last_length(out[0]);
-  move_codes(Codes(in[0], spec, row), Data(out[0]), Tiling(out[0].elements(), row, spec), executor);
+  move(Codes(in[0], spec, row), Data(out[0]), Tiling(out[0].elements(), row, spec), executor);
   return {};
 }
 

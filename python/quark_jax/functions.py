@@ -28,6 +28,13 @@ NUMBER = "a number, a jax.Array or a NumPy array"
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
+def float32(name: str, value: Any) -> np.float32:
+    """Return a number as a float32."""
+    number = schema.as_float(name, value)
+    bits = schema.subnormal_bits(number)
+    return np.float32(number) if bits is None else np.int32(bits).view(np.float32)
+
+
 def check_array(name: str, x: object, allowed: str = "a jax.Array or NumPy array") -> jax.Array:
     """Return ``x`` as a JAX array. Raises TypeError unless it is an array."""
     if isinstance(x, jax.Array):
@@ -65,7 +72,7 @@ def _scales(
     if scale is None:
         return None
     if isinstance(scale, numbers.Real):
-        scale = np.float32(scale)
+        scale = float32("scale", scale)
     if isinstance(zero_point, numbers.Integral):
         zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
     scale = check_array("scale", scale)
@@ -82,7 +89,7 @@ def _scales(
 def scale_array(name: str, scale: Any) -> jax.Array:
     """Return a given scale (or another number of the user's) as an array that the core takes."""
     if isinstance(scale, numbers.Real):
-        scale = np.float32(scale)
+        scale = float32(name, scale)
     array = check_array(name, scale, NUMBER)
     schema.expect_scale(array.dtype.name, name)
     return array
@@ -91,7 +98,7 @@ def scale_array(name: str, scale: Any) -> jax.Array:
 def number_array(name: str, value: Any) -> jax.Array:
     """Return a number, or an array of one element and any real dtype, as a 0-d float32 array."""
     if isinstance(value, numbers.Real):
-        value = np.float32(value)
+        value = float32(name, value)
     array = check_array(name, value, NUMBER)
     documented.expect_single(name, array.shape)
     return array.reshape(()).astype(np.float32)
@@ -104,7 +111,7 @@ def zero_point_array(zero_point: Any) -> jax.Array | None:
     if isinstance(zero_point, numbers.Integral):
         zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
     elif isinstance(zero_point, numbers.Real):
-        zero_point = np.float32(zero_point)
+        zero_point = float32("zero_point", zero_point)
     array = check_array("zero_point", zero_point, NUMBER)
     schema.expect_zero_point(array.dtype.name)
     return array.astype(np.float32 if jnp.issubdtype(array.dtype, jnp.floating) else np.int32)
@@ -125,10 +132,24 @@ def arrange(a: jax.Array | None, layout: Layout | None) -> jax.Array | None:
     return jnp.broadcast_to(a, layout.normal)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def converted(a: jax.Array, dtype: str) -> jax.Array:
-    """Return a gradient in another dtype: by the core, where that rounds."""
-    step = documented.conversion(a.dtype.name, dtype, a.shape)
-    return a.astype(dtype) if step is None else call(step[0], [a, ONE, None], step[1])[0]
+    """Return a gradient in another dtype, by the core: linear, so its own gradient is converted back."""
+    if a.dtype.name == dtype:
+        return a
+    op, spec = documented.conversion(a.dtype.name, dtype, a.shape)
+    return call(op, [a] if op == "convert" else [a, ONE, None], spec)[0]
+
+
+def _converted_forward(a: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    return converted(a, dtype), jnp.zeros(0, a.dtype)
+
+
+def _converted_backward(dtype: str, saved: jax.Array, grad: jax.Array) -> Any:
+    return (converted(grad, saved.dtype.name),)
+
+
+converted.defvjp(_converted_forward, _converted_backward)
 
 
 def _part(a: jax.Array) -> schema.Part:

@@ -34,7 +34,8 @@ ROUND_MODES = {None: "half_even", -1: "half_even", 8: "half_even", 2: "half_up",
 BFP16_BLOCK = 8
 WIDEST = 2**23
 """Integers up to here are exact in every step."""
-NARROW_FORMATS = {"float16": "fp16", "bfloat16": "bf16"} | {FORMATS[name].storage: name for name in FP8}
+NARROW_FORMATS = {"float16": "fp16", "bfloat16": "bf16"}
+FP8_FORMATS = {FORMATS[name].storage: name for name in FP8}
 
 
 class Layout(NamedTuple):
@@ -160,8 +161,8 @@ def _per_group(name: str, given: Shape, shape: Shape, block: Shape, axis: int, *
     if prod(given) == prod(normal):
         return Layout(swapped, (axis, len(shape) - 1), normal)
     raise ValueError(
-        f"{name} has shape {given}; per group of {block[axis]} along axis {axis} of {shape} allows {prod(normal)} "
-        f"elements: {swapped} or {normal}"
+        f"{name} has shape {given}; per group of {block[axis] or shape[axis]} along axis {axis} of {shape} allows "
+        f"{prod(normal)} elements: {swapped} or {normal}"
     )
 
 
@@ -173,9 +174,10 @@ def _per_channel(name: str, given: Shape, shape: Shape, axis: int) -> Layout:
 
 
 def _group_length(group_size: int | None, length: int, name: str) -> int:
+    """The groups' width; 0 is the whole axis."""
     size = as_int("group_size", 1 if group_size is None else group_size)
     if size == -1:
-        return max(length, 1)
+        return 0
     if size < 1:
         raise ValueError(f"group_size is {size}; allowed: 1 or more, or -1 for the whole axis")
     if length % size:
@@ -349,16 +351,14 @@ def fp8_spec(quant_dtype: str, shape: Shape, *, dtype: str | None = None) -> OpS
     return OpSpec((quant_dtype, "ieee", *([] if dtype else ["narrow"])), (0,) * len(shape), dtype=dtype)
 
 
-def conversion(source: str, target: str, shape: Shape) -> tuple[str, OpSpec] | None:
-    """Return the operator and spec that convert gradients between two dtypes; None where nothing is narrowed."""
+def conversion(source: str, target: str, shape: Shape) -> tuple[str, OpSpec]:
+    """Return the operator and spec that convert gradients between two dtypes; fp8 ones are quantized or dequantized."""
     block = (0,) * len(shape)
-    if source == target:
-        return None
-    if source in NARROW_FORMATS and target in FLOAT_DTYPES:
-        return "dequantize", OpSpec((NARROW_FORMATS[source], "ieee"), block, dtype=target)
-    if target in NARROW_FORMATS:
-        return "quantize", OpSpec((NARROW_FORMATS[target], "ieee"), block)
-    return None
+    if target in FP8_FORMATS:
+        return "quantize", OpSpec((FP8_FORMATS[target], "ieee"), block)
+    if source in FP8_FORMATS:
+        return "dequantize", OpSpec((FP8_FORMATS[source], "ieee"), block, dtype=target)
+    return "convert", OpSpec(("codes", "bits=8"), None, dtype=target)
 
 
 # ---- non-scaled functions --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from quark_kernels import _core
 from quark_kernels.formats import FORMATS
@@ -276,6 +276,23 @@ def expect_scale(dtype: str, name: str = "scale") -> None:
     """Raise TypeError unless a scale of this dtype becomes float32 exactly."""
     if dtype not in SCALE_DTYPES:
         raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(SCALE_DTYPES)}")
+
+
+def as_float(name: str, value: Any) -> float:
+    """Return a number as a float. Raises where it is a bool, or too large for one."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} is {value}; allowed: a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {value}; allowed: numbers that a float can hold") from None
+
+
+def subnormal_bits(value: float) -> int | None:
+    """Return the float32 bits of a number below 2^-126, which a host that flushes subnormals can't make; else None."""
+    if not 0 < abs(value) < 2**-126:
+        return None
+    return round(abs(value) * 2.0**149) - (2**31 if value < 0 else 0)
 
 
 def int32_zero_point(value: int) -> int:

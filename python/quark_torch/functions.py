@@ -49,6 +49,15 @@ def _plan(*arguments: Any, **keywords: Any) -> tuple[QuantSpec, OpSpec]:
     return schema.plan(*arguments, **keywords, remember=not torch.compiler.is_compiling())
 
 
+def _float32(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
+    """A number as a 0-d float32 tensor beside ``like``."""
+    number = schema.as_float(name, value)
+    bits = schema.subnormal_bits(number)
+    if bits is not None:
+        return torch.tensor(bits, dtype=torch.int32, device=like.device).view(torch.float32)
+    return torch.tensor(number, dtype=torch.float32, device=like.device)
+
+
 def _scales(
     spec: QuantSpec, op_spec: OpSpec, x: torch.Tensor, scale: Any, zero_point: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -57,7 +66,7 @@ def _scales(
     if scale is None:
         return None
     if isinstance(scale, numbers.Real):
-        scale = torch.tensor(float(scale), dtype=torch.float32, device=x.device)
+        scale = _float32("scale", scale, x)
     schema.expect_scale(dtype_name(check_tensor("scale", scale).dtype))
     if isinstance(zero_point, numbers.Integral):
         zero_point = torch.tensor(schema.int32_zero_point(int(zero_point)), dtype=torch.int32, device=x.device)
@@ -77,7 +86,7 @@ def _scales(
 def scale_tensor(name: str, scale: Any, like: torch.Tensor) -> torch.Tensor:
     """Return a given scale (or another number of the user's) as a float32 tensor beside ``like``."""
     if isinstance(scale, numbers.Real):
-        return torch.tensor(float(scale), dtype=torch.float32, device=like.device)
+        return _float32(name, scale, like)
     schema.expect_scale(dtype_name(check_tensor(name, scale, NUMBER).dtype), name)
     return _beside(name, scale, like).detach().float()
 
@@ -85,7 +94,7 @@ def scale_tensor(name: str, scale: Any, like: torch.Tensor) -> torch.Tensor:
 def number_tensor(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     """Return a number, or a tensor of one element and any real dtype, as a 0-d float32 tensor beside ``like``."""
     if isinstance(value, numbers.Real):
-        return torch.tensor(float(value), dtype=torch.float32, device=like.device)
+        return _float32(name, value, like)
     documented.expect_single(name, tuple(check_tensor(name, value, NUMBER).shape))
     return _beside(name, value, like).detach().reshape(()).to(torch.float32)
 
@@ -98,7 +107,7 @@ def zero_point_tensor(zero_point: Any, like: torch.Tensor) -> torch.Tensor | Non
         value = schema.int32_zero_point(int(zero_point))
         return torch.tensor(value, dtype=torch.int32, device=like.device)
     if isinstance(zero_point, numbers.Real):
-        return torch.tensor(float(zero_point), dtype=torch.float32, device=like.device)
+        return _float32("zero_point", zero_point, like)
     zero_point = _beside("zero_point", check_tensor("zero_point", zero_point, NUMBER), like)
     schema.expect_zero_point(dtype_name(zero_point.dtype))
     return zero_point.detach().to(torch.float32 if zero_point.is_floating_point() else torch.int32)  # type: ignore[no-any-return]
@@ -131,9 +140,8 @@ def one(like: torch.Tensor) -> torch.Tensor:
 
 
 def converted(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a gradient in another dtype: by the core, where that rounds."""
-    step = documented.conversion(dtype_name(t.dtype), dtype_name(dtype), tuple(t.shape))
-    return t.to(dtype) if step is None else call(step[0], [t, one(t), None], step[1])
+    """Return a gradient in another dtype, by the core."""
+    return t if t.dtype == dtype else _Converted.apply(t, dtype)  # type: ignore[no-untyped-call]
 
 
 def _part(t: torch.Tensor) -> schema.Part:
@@ -483,6 +491,20 @@ def _check_bytes(name: str, x: object) -> torch.Tensor:
 def _needs_function(t: torch.Tensor) -> bool:
     """Whether a call must be recorded. In forward mode too: a bare operator would drop the tangent without a word."""
     return (torch.is_grad_enabled() and t.requires_grad) or forward_ad._current_level >= 0
+
+
+class _Converted(torch.autograd.Function):
+    """A gradient in another dtype: linear, so its own gradient is converted back."""
+
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.dtype = t.dtype
+        op, spec = documented.conversion(dtype_name(t.dtype), dtype_name(dtype), tuple(t.shape))
+        return call(op, [t] if op == "convert" else [t, one(t), None], spec)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return converted(grad, ctx.dtype), None
 
 
 class _FakeQuantize(torch.autograd.Function):

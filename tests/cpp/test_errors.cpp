@@ -18,6 +18,7 @@ using quark::ErrorKind;
 using quark::Op;
 using quark::QuantSpec;
 using quark::Rounding;
+using quark::ScaleFormat;
 using quark::Status;
 using quark::TensorView;
 
@@ -60,6 +61,22 @@ TEST(good_specs) {
     CHECK_EQ(spec.quant_min, f.is_integer() ? f.lo : 0.0f);
     CHECK_EQ(spec.quant_max, f.is_integer() ? f.hi : 0.0f);
   }
+  CHECK(good("int8").scale_format == ScaleFormat::float32);
+  CHECK(good("int8 scale=float32 asymmetric").scale_format == ScaleFormat::float32);
+  CHECK(good("fp4 scale=e8m0 block=1,32").scale_format == ScaleFormat::e8m0);
+  CHECK(good("int8 scale=exponent block=1,0").scale_format == ScaleFormat::exponent);
+  CHECK(good("int8 scale=microexponents block=1,16,1").scale_format == ScaleFormat::microexponents);
+  CHECK(good("int8 block=1,16 scale=exponent").shares_exponent());
+  CHECK(!good("int8 block=1,16 scale=e8m0").shares_exponent());
+  const QuantSpec plain = good("int8");
+  CHECK(!plain.reciprocal && !plain.shifted && !plain.narrow && !plain.plus_zero && !plain.ieee);
+  const QuantSpec floats = good("fp4 narrow plus_zero ieee");
+  const QuantSpec wide = good("int4 shifted reciprocal ieee min=-8388608 max=8388608");
+  CHECK(wide.shifted && wide.reciprocal && wide.ieee);
+  CHECK(floats.narrow && floats.plus_zero && floats.ieee);
+  CHECK_EQ(wide.quant_min, -0x1p23f);
+  CHECK_EQ(wide.quant_max, 0x1p23f);
+  CHECK_EQ(good("int8 ieee min=5 max=9").quant_min, 5.0f);
   const QuantSpec all =
       good("int4 block=1,128,0 rounding=half_up min=-7 max=6 asymmetric packed length=300 dtype=bfloat16");
   CHECK_EQ(all.rank, 3);
@@ -95,7 +112,7 @@ TEST(good_specs) {
 
 TEST(bad_specs) {
   bad("", {"empty", "format"});
-  bad("int5", {"unknown format 'int5'", "int4", "fp8_e4m3", "fp16"});
+  bad("int6", {"unknown format 'int6'", "int4", "fp8_e4m3", "fp16"});
   bad("INT8", {"unknown format 'INT8'"});
   bad(" int8", {"unknown format ''"});
   bad("block=1", {"unknown format"});
@@ -126,6 +143,46 @@ TEST(bad_specs) {
   bad("fp16 rounding=floor", {"fp16", "half_even"});
   bad("bf16 packed", {"bf16", "packed"});
   bad("int16 packed", {"int16", "packed"});
+  bad("ieee int8", {"unknown format 'ieee'"});
+  bad("int8 scale=e8m1", {"scale=e8m1"});
+  bad("int8 scale", {"'scale'"});
+  bad("int8 scale=", {"scale="});
+  bad("int8 scale=e8m0 asymmetric", {"int8", "float32", "asymmetric"});
+  bad("bf16 scale=e8m0", {"bf16", "float32", "cast"});
+  bad("fp16 scale=exponent", {"fp16"});
+  bad("fp4 scale=exponent", {"shared exponent", "integers", "fp4"});
+  bad("int8f6 scale=microexponents block=16", {"shared exponent", "integers", "int8f6"});
+  for (const char* name : {"int2", "uint8"}) bad(std::string(name) + " scale=exponent", {"shared exponent", name});
+  bad("int8 ieee scale=exponent max=200", {"min and max"});
+  bad("int4 ieee packed max=100", {"min and max"});
+  bad("bf16 narrow", {"narrow", "bf16"});
+  for (const char* word : {"scale=exponent", "scale=microexponents block=16"}) {
+    const std::string text = std::string("int8 ") + word;
+    bad(text + " reciprocal", {"shared exponent"});
+    bad(text + " shifted", {"shared exponent"});
+    bad(text + " rounding=half_up", {"half_even"});
+    bad(text + " asymmetric", {"float32", "asymmetric"});
+  }
+  for (const char* block :
+       {"", " block=7", " block=1,7", " block=0", " block=1,0", " block=1", " block=2,2", " block=16,0"})
+    bad(std::string("int8 scale=microexponents") + block, {"microexponents", "even", "one axis"});
+  for (const char* format : {"fp4", "fp8_e4m3", "int8f6", "bf16"}) {
+    bad(std::string(format) + " reciprocal", {"reciprocal", "integer", format});
+    bad(std::string(format) + " shifted", {"shifted", "integer", format});
+  }
+  bad("int8 narrow", {"narrow", "float", "int8"});
+  bad("uint4 plus_zero", {"plus_zero", "float", "uint4"});
+  bad("fp4 narrow rounding=floor", {"fp4", "half_even"});
+  bad("int8 ieee=1", {"ieee=1"});
+  bad("int8 shifted=", {"shifted="});
+  bad("int8 ieee min=-8388609", {"min", "int8"});
+  bad("int8 ieee max=8388610", {"max", "int8"});
+  bad("int8 ieee max=0.5", {"int8"});
+  bad("int8 ieee min=nan", {"int8"});
+  bad("int8 ieee min=-inf max=inf", {"int8"});
+  bad("int8 ieee min=9 max=9", {"min < max"});
+  bad("int8 ieee min=200", {"min < max"});
+  bad("fp4 ieee max=100", {"integer formats", "fp4"});
   bad("codes", {"bits", "1 to 8"});
   bad("codes bits=0", {"bits is 0", "1 to 8"});
   bad("codes bits=9", {"bits is 9", "1 to 8"});
@@ -261,6 +318,191 @@ TEST(fp8_codes_may_be_bytes) {
   Call c(Op::quantize, "fp8_e4m3 block=0", {array(DType::float32, {4}), array(DType::float32, {})},
          {array(DType::uint8, {4})});
   CHECK(c.run().ok());
+}
+
+// ---- learned scales, other orders -----------------------------------------------------------------------------------
+
+Array number(float value, DType dtype = DType::float32, const Shape& shape = {}) {
+  Array a = array(dtype, shape);
+  for (int64_t i = 0; i < a.elements(); ++i) a.put_number(i, value);
+  return a;
+}
+/// A scale for every three elements of a row.
+Call lsq_call(const char* text = "int8 block=1,3") {
+  return Call(Op::lsq_backward, text,
+              {array(DType::float32, {4, 6}), array(DType::float16, {4, 6}), array(DType::float32, {4, 2}),
+               number(0.5f), array(DType::int32, {4, 2})},
+              {array(DType::float32, {4, 6}), array(DType::float32, {4, 2})});
+}
+Call tqt_call(Op op, float domain, const char* text = "int8 block=0,0") {
+  std::vector<Array> in = {array(DType::float32, {4, 6}), number(1), number(domain), number(3, DType::int32)};
+  std::vector<Array> out = {array(DType::float32, {4, 6})};
+  if (op == Op::tqt_backward) {
+    in.insert(in.begin(), array(DType::float32, {4, 6}));
+    out.push_back(array(DType::float32, {}));
+  }
+  return Call(op, text, in, out);
+}
+
+TEST(learned_scales) {
+  CHECK(lsq_call().run().ok());
+  for (const char* text : {"int8 block=4,3", "int8 block=4,4", "uint4 block=1,5 ieee"}) {
+    Call c = lsq_call(text);
+    for (const size_t i : {2u, 4u}) c.in[i].shape[0] = c.spec.block[0] == 1 ? 4 : 1;
+    c.out[1].shape[0] = c.in[2].shape[0];
+    if (c.spec.block[1] == 3) {
+      CHECK(c.run().ok());
+    } else {
+      c.refused(ErrorKind::value,
+                {"lsq_backward: axis 1 has length 6", "multiple", std::to_string(c.spec.block[1]).c_str()});
+    }
+  }
+  for (const char* text : {"fp4 block=1,3", "int8f6 block=1,3", "bf16 block=1,3", "int8 block=1,3 scale=exponent"}) {
+    Call c = lsq_call(text);
+    c.in.pop_back();
+    c.refused(ErrorKind::value, {"lsq_backward: ", "format", c.spec.format.name, "integer"});
+  }
+  {
+    Call c = lsq_call();
+    Array two = array(DType::float32, {2}), none = array(DType::float32, {0}), wide = array(DType::float64, {});
+    c.in[3] = two.view();
+    c.refused(ErrorKind::value, {"lsq_backward: input 3", "(2,)", "one element"});
+    c.in[3] = none.view();
+    c.refused(ErrorKind::value, {"lsq_backward: input 3", "(0,)", "one element"});
+    c.in[3] = wide.view();
+    c.refused(ErrorKind::type, {"lsq_backward: input 3", "float64", "allowed: float32"});
+    Array one = array(DType::float32, {1, 1, 1});
+    c.in[3] = one.view();
+    CHECK(c.run().ok());
+    c.in[3].data = nullptr;
+    c.refused(ErrorKind::value, {"lsq_backward: input 3", "no memory"});
+  }
+  {
+    Call c = lsq_call();
+    c.out[1].dtype = DType::float16;
+    c.refused(ErrorKind::type, {"lsq_backward: output 1", "float16", "float32"});
+    Call d = lsq_call();
+    d.out[1] = d.in[2];
+    d.refused(ErrorKind::value, {"output 1 overlaps input 2"});
+    Call e = lsq_call();
+    e.out[0] = e.in[0];  // the very same
+    CHECK(e.run().ok());
+    Call f = lsq_call();
+    f.out[1] = f.out[0];
+    f.out[1].shape[1] = f.out[1].strides[0] = 2;
+    f.refused(ErrorKind::value, {"outputs 0 and 1 overlap"});
+    Call g = lsq_call();
+    g.in.resize(3);
+    g.refused(ErrorKind::value, {"lsq_backward: got 3 inputs", "(xxsnz)"});
+  }
+  // Nothing to learn from: the sum is 0, or there is no scale.
+  Call whole(Op::lsq_backward, "int8 block=0",
+             {array(DType::float32, {0}), array(DType::float32, {0}), number(1), number(1)},
+             {array(DType::float32, {0}), array(DType::float32, {})});
+  CHECK(whole.run().ok());
+  CHECK_EQ(*static_cast<const float*>(whole.out[1].data), 0.0f);
+  Call none(Op::lsq_backward, "int8 block=4",
+            {array(DType::float32, {0}), array(DType::float32, {0}), array(DType::float32, {0}), number(1)},
+            {array(DType::float32, {0}), array(DType::float32, {0})});
+  for (auto* tensors : {&none.in, &none.out})
+    for (TensorView& t : *tensors)
+      if (t.elements() == 0) t.data = nullptr;
+  CHECK(none.run().ok());
+}
+
+TEST(thresholds) {
+  for (const Op op : {Op::tqt_quantize, Op::tqt_backward}) {
+    const std::string name = quark::kOps[int(op)].name;
+    for (const float domain : {1.0f, 3.0f, 128.0f, 0x1p22f}) CHECK(tqt_call(op, domain).run().ok());
+    for (const float domain : {0.0f, -0.0f, -1.0f, 0.5f, 127.5f, std::nextafter(1.0f, 2.0f), 0x1p22f + 1, 0x1p31f,
+                               1e30f, INFINITY, -INFINITY, NAN})
+      tqt_call(op, domain).refused(ErrorKind::value, {name.c_str(), "domain is", "1 to 2^22"});
+    const size_t at = op == Op::tqt_backward ? 3 : 2;
+    Array two = array(DType::float32, {1, 2}), code = array(DType::int32, {});
+    Call c = tqt_call(op, 128);
+    c.in[at] = two.view();
+    c.refused(ErrorKind::value, {name.c_str(), "(1, 2)", "one element"});
+    c.in[at] = code.view();
+    c.refused(ErrorKind::type, {name.c_str(), "int32", "allowed: float32"});
+    Call d = tqt_call(op, 128);
+    d.in[at - 1] = two.view();
+    d.refused(ErrorKind::value, {name.c_str(), "(1, 2)", "expected (1, 1)"});
+  }
+}
+
+TEST(a_threshold_is_one_number) {
+  for (const int64_t n : {0, 3}) {
+    Call c(Op::tqt_quantize, "int8 block=1", {array(DType::float32, {n}), array(DType::float32, {n}), number(128)},
+           {array(DType::float32, {n})});
+    c.refused(ErrorKind::value, {"tqt_quantize: input 1", "one element"});
+    Call d(Op::tqt_backward, "int8 block=1",
+           {array(DType::float32, {n}), array(DType::float32, {n}), array(DType::float32, {n}), number(128)},
+           {array(DType::float32, {n}), array(DType::float32, {n})});
+    d.refused(ErrorKind::value, {"tqt_backward: input 2", "one element"});
+  }
+}
+
+TEST(float_zero_points) {
+  const auto with = [](Op op, const char* text, bool has_codes) {
+    return Call(op, text,
+                {op == Op::dequantize ? array(DType::int8, {8}) : array(DType::float32, {8}), number(1), number(0.5f)},
+                {has_codes ? array(DType::int8, {8}) : array(DType::float32, {8})});
+  };
+  with(Op::quantize, "int8 block=0", true).refused(ErrorKind::type, {"quantize: input 2", "float32", "integer"});
+  with(Op::quantize, "int8 block=0 reciprocal", true).refused(ErrorKind::type, {"quantize: input 2", "float32"});
+  CHECK(with(Op::quantize, "int8 block=0 shifted", true).run().ok());
+  CHECK(with(Op::fake_quantize, "int8 block=0", false).run().ok());
+  CHECK(with(Op::dequantize, "int8 block=0", false).run().ok());
+  for (const DType dtype : {DType::float16, DType::bfloat16, DType::float64}) {
+    Call c = with(Op::fake_quantize, "int8 block=0 shifted", false);
+    Array z = array(dtype, {});
+    c.in[2] = z.view();
+    c.refused(ErrorKind::type, {"fake_quantize: input 2", quark::name_of(dtype), "integer"});
+  }
+  with(Op::fake_quantize, "fp4 block=0", false).refused(ErrorKind::value, {"fp4 has no zero point"});
+}
+
+TEST(wide_codes) {
+  const auto into = [](const char* text, DType dtype, const Shape& shape = {8}) {
+    return Call(Op::quantize, text, {array(DType::float32, {8}), number(1)}, {array(dtype, shape)});
+  };
+  CHECK(into("int8 block=0 ieee", DType::int32).run().ok());
+  CHECK(into("int8 block=0", DType::int8).run().ok());
+  into("int8 block=0", DType::int32).refused(ErrorKind::type, {"quantize: output 0", "int32", "allowed: int8"});
+  for (const DType dtype : {DType::int8, DType::uint8, DType::int64})
+    into("int8 block=0 ieee", dtype).refused(ErrorKind::type, {"quantize: output 0", quark::name_of(dtype), "int32"});
+  CHECK(into("int4 block=0 ieee packed", DType::uint8, {4}).run().ok());
+  into("int4 block=0 ieee packed", DType::int32, {4}).refused(ErrorKind::type, {"int32", "allowed: uint8"});
+  into("fp4 block=0 ieee", DType::int32).refused(ErrorKind::type, {"int32", "allowed: uint8"});
+  const auto from = [](const char* text, DType dtype) {
+    return Call(Op::dequantize, text, {array(dtype, {8}), number(1)}, {array(DType::float32, {8})});
+  };
+  for (const DType dtype : {DType::int8, DType::uint8, DType::int16, DType::uint16, DType::int32, DType::int64})
+    CHECK(from("int8 block=0 ieee", dtype).run().ok());
+  from("int8 block=0 ieee", DType::float32).refused(ErrorKind::type, {"float32", "an integer dtype"});
+  from("int8 block=0", DType::int32).refused(ErrorKind::type, {"int32", "allowed: int8"});
+  Call backward(Op::dequantize_backward, "int8 block=0", {array(DType::float32, {8}), array(DType::int32, {8})},
+                {array(DType::float32, {})});
+  backward.refused(ErrorKind::type, {"dequantize_backward: input 1", "int32", "allowed: int8"});
+}
+
+TEST(shared_exponents_have_no_codes) {
+  for (const char* text :
+       {"int8 block=8 scale=exponent", "int8 block=8 scale=microexponents", "int8 block=8 scale=exponent packed"}) {
+    const DType dtype = good(text).packed ? DType::uint8 : DType::int8;
+    Call quantize(Op::quantize, text, {array(DType::float32, {8}), number(1)}, {array(dtype, {8})});
+    quantize.refused(ErrorKind::unsupported, {"quantize: output 0", "share an exponent"});
+    Call dynamic(Op::quantize_dynamic, text, {array(DType::float32, {8})}, {array(dtype, {8}), number(1)});
+    dynamic.refused(ErrorKind::unsupported, {"quantize_dynamic: output 0", "share an exponent"});
+    Call dequantize(Op::dequantize, text, {array(dtype, {8}), number(1)}, {array(DType::float32, {8})});
+    dequantize.refused(ErrorKind::unsupported, {"dequantize: input 0", "share an exponent"});
+    Call backward(Op::dequantize_backward, text, {array(DType::float32, {8}), array(dtype, {8})}, {number(1)});
+    backward.refused(ErrorKind::unsupported, {"dequantize_backward: input 1", "share an exponent"});
+    Call values(Op::quantize_values, text, {array(DType::float32, {8}), number(1)}, {array(DType::float32, {8})});
+    values.refused(ErrorKind::unsupported, {"quantize_values: ", "share an exponent"});
+    Call fake(Op::fake_quantize_dynamic, text, {array(DType::float32, {8})}, {array(DType::float32, {8}), number(1)});
+    CHECK(fake.run().ok());
+  }
 }
 
 TEST(wrong_shapes) {
@@ -501,12 +743,17 @@ void fill(Random& random, Array& a, bool is_scale) {
 
 TEST(results_do_not_depend_on_the_host_s_float_environment) {
   Random random(2);
-  for (const char* format : {"int8", "uint4 asymmetric", "int8f6", "fp8_e4m3", "fp8_e5m2", "fp4", "fp16", "bf16"}) {
-    const std::string text = std::string(format) + " block=0,8";
+  for (const char* format :
+       {"int8", "uint4 asymmetric", "int8f6", "fp8_e4m3", "fp8_e5m2", "fp4", "fp16", "bf16", "int8 shifted reciprocal",
+        "int16 ieee reciprocal asymmetric", "fp8_e4m3 narrow plus_zero scale=e8m0", "int4 scale=e8m0",
+        "int8 scale=exponent", "int5 scale=microexponents min=-15 max=15"}) {
+    const bool has_pairs = std::string_view(format).find("micro") != std::string_view::npos;
+    const std::string text = std::string(format) + (has_pairs ? " block=1,8" : " block=0,8");
     const QuantSpec spec = good(text);
-    const DType storage = spec.format.storage;
+    const bool is_integer = spec.format.is_integer();
+    const DType storage = spec.ieee && is_integer ? DType::int32 : spec.format.storage;
     for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::float64}) {
-      const Shape shape = {40, 64}, scales = {1, 8};
+      const Shape shape = {40, 64}, scales = {has_pairs ? 40 : 1, 8};
       Array x(random, dtype, shape), y(random, dtype, shape), s(random, DType::float32, scales),
           q(random, storage, shape);
       fill(random, x, false);
@@ -520,9 +767,11 @@ TEST(results_do_not_depend_on_the_host_s_float_environment) {
         const check::Note note(
             [&] { return std::string(quark::kOps[int(op)].name) + " " + text + " " + quark::name_of(dtype); });
         std::vector<Array> plain = out, flushed = out;
+        const QuantSpec own =
+            good(op == Op::tqt_quantize || op == Op::tqt_backward ? std::string(format) + " block=0,0" : text);
         const auto run = [&](std::vector<Array>& results, quark::Executor& executor) {
           const auto inputs = arrays::views(in), outputs = arrays::views(results);
-          const Status status = quark::run(op, inputs, outputs, spec, executor);
+          const Status status = quark::run(op, inputs, outputs, own, executor);
           if (!status.ok()) check::fail(__FILE__, __LINE__, status.message());
         };
         quark::SerialExecutor serial;
@@ -539,14 +788,37 @@ TEST(results_do_not_depend_on_the_host_s_float_environment) {
         for (size_t i = 0; i < out.size(); ++i) CHECK(plain[i].bytes() == flushed[i].bytes());
       };
       call(Op::choose_qparams, {x}, {s}, false, true);
-      call(Op::quantize, {x, s}, {q}, true, false);
-      call(Op::quantize_dynamic, {x}, {q, s}, false, true);
-      call(Op::dequantize, {q, s}, {x}, true, false);
-      call(Op::dequantize_backward, {x, q}, {s}, true, false);
       call(Op::fake_quantize, {x, s}, {y}, true, false);
       call(Op::fake_quantize_dynamic, {x}, {y, s}, false, true);
       call(Op::fake_quantize_backward, {x, y, s}, {x}, true, false);
+      if (spec.shares_exponent()) continue;
+      call(Op::quantize, {x, s}, {q}, true, false);
+      call(Op::quantize_values, {x, s}, {y}, false, false);
+      call(Op::quantize_dynamic, {x}, {q, s}, false, true);
+      call(Op::dequantize, {q, s}, {x}, true, false);
+      call(Op::dequantize_backward, {x, q}, {s}, true, false);
+      if (!is_integer) continue;
+      // A factor and a scale that are subnormal.
+      z.clear();
+      Array large(random, dtype, shape);
+      for (int64_t i = 0; i < large.elements(); ++i) large.put_number(i, double(random.between(1, 60'000)));
+      call(Op::lsq_backward, {large, large, s, number(1e-40f)}, {y, s}, false, false);
+      call(Op::tqt_quantize, {x, number(-126), number(128)}, {y}, false, false);
+      call(Op::tqt_backward, {large, large, number(-126), number(128)}, {y, number(0)}, false, false);
     }
+  }
+}
+
+TEST(domains_are_checked_in_any_float_environment) {
+  for (const float domain : {NAN, 0.5f, 1e30f}) {
+    Call c = tqt_call(Op::tqt_quantize, domain);
+    quark::SerialExecutor executor;
+    Status status;
+    {
+      const hostile::Environment environment;
+      status = quark::run(c.op, c.in, c.out, c.spec, executor);
+    }
+    check_error(status, ErrorKind::value, {"domain"});
   }
 }
 

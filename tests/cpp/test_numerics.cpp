@@ -6,14 +6,18 @@
 
 #include "check.h"
 #include "numerics.h"
+#include "reference.h"
 
 namespace {
 
 using check::Random;
+using quark::DType;
 using quark::Format;
 using quark::QuantSpec;
 using quark::Rounding;
+using quark::ScaleFormat;
 using quark::Specials;
+using reference::rounded;
 using namespace quark::QUARK_LEVEL;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -26,20 +30,6 @@ QuantSpec spec_of(const std::string& text) {
   const quark::Status status = quark::parse_spec(text, spec);
   if (!status.ok()) check::fail(__FILE__, __LINE__, status.message());
   return spec;
-}
-
-/// R(t) for |t| < 2^52, where every step is exact.
-double rounded(Rounding r, double t) {
-  const double down = std::floor(t);
-  switch (r) {
-    case Rounding::half_even: return std::nearbyint(t);
-    case Rounding::half_up: return t - down >= 0.5 ? down + 1 : down;
-    case Rounding::half_away: return std::copysign(rounded(Rounding::half_up, std::fabs(t)), t);
-    case Rounding::floor: return down;
-    case Rounding::ceil: return std::ceil(t);
-    case Rounding::toward_zero: return std::trunc(t);
-  }
-  return 0;
 }
 
 /// A format's magnitudes in order, continued past its end. For float formats the place in it is the code.
@@ -415,6 +405,111 @@ TEST(integers_with_and_without_zero_points) {
   }
 }
 
+// ---- other orders -------------------------------------------------------------------------------------------------
+
+TEST(quotients) {
+  constexpr auto kReciprocal = Arithmetic::reciprocal, kShifted = Arithmetic::reciprocal_shifted;
+  Random random(12);
+  std::vector<float> scales = specials();
+  push_near(scales, 0x1p-128f);
+  push_near(scales, 0x1p-126f);
+  for (int i = 0; i < 3000; ++i) scales.push_back(float_of(uint32_t(random.bits())));
+  int64_t differ = 0;
+  for (const float s : scales) {
+    for (int i = 0; i < 200; ++i) {
+      const float x = i < 20 ? random.pick(specials()) : float_of(uint32_t(random.bits())), v = x / s;
+      const check::Note note([&] { return check::text_of(x) + " / " + check::text_of(s); });
+      const float want = std::fabs(s) <= 0x1p-128f ? v : x * (1 / s);
+      const auto same = [](float a, float b) { return std::isnan(a) ? std::isnan(b) : check::same(a, b); };
+      CHECK(same(quotient<kReciprocal>(x, s), want));
+      CHECK(same(quotient<kShifted>(x, s), want));
+      for (const float y : {quotient<Arithmetic::affine>(x, s), quotient<Arithmetic::minifloat>(x, s)})
+        CHECK(same(y, v));
+      CHECK(same(quotient<Arithmetic::minifloat_float16>(x, s), from_float16(to_float16(v))));
+      CHECK(same(quotient<Arithmetic::minifloat_bfloat16>(x, s), from_bfloat16(to_bfloat16(v))));
+      differ += !same(want, v);
+    }
+  }
+  CHECK(differ > 10'000);
+  CHECK_EQ(quotient<kReciprocal>(0x1p-140f, 0x1p-128f), 0x1p-12f);
+  CHECK_EQ(quotient<kReciprocal>(0x1p-140f, std::nextafter(0x1p-128f, 1.0f)), 0x1.fffffp-13f);
+  CHECK_EQ(quotient<kReciprocal>(0, 0x1p-128f), 0.0f);
+  CHECK_EQ(quotient<kReciprocal>(5, 0), kInf);
+  CHECK_EQ(quotient<kReciprocal>(-5, -kInf), 0.0f);
+  CHECK_EQ(quotient<kReciprocal>(3, kLargest), 3 * (1 / kLargest));
+  CHECK_EQ(quotient<Arithmetic::minifloat_float16>(1 + 0x1p-11f, 1), 1.0f);
+  CHECK_EQ(quotient<Arithmetic::minifloat_float16>(-65520, 1), -kInf);
+  CHECK_EQ(quotient<Arithmetic::minifloat_float16>(1, 0x1p25f), 0.0f);
+  CHECK_EQ(quotient<Arithmetic::minifloat_bfloat16>(257, 1), 256.0f);
+  CHECK_EQ(quotient<Arithmetic::minifloat_bfloat16>(kLargest, 1), kInf);
+}
+
+template <Arithmetic A, Rounding R>
+void test_order(QuantSpec spec, float x, float s, float z) {
+  spec.shifted = adds_before(A);
+  spec.rounding = R;
+  const check::Note note([&] {
+    return std::string(spec.format.name) + " arithmetic " + std::to_string(int(A)) + " " +
+           quark::rounding_names()[int(R)] + " of " + check::text_of(x) + " / " + check::text_of(s) + ", zero point " +
+           check::text_of(z);
+  });
+  CHECK_EQ((quantize_value<A, R>(x, s, z, make_grid(spec))),
+           reference::integer_code(spec, quark::QUARK_LEVEL::quotient<A>(x, s), z));
+}
+
+TEST(integers_in_every_order) {
+  Random random(13);
+  for (const char* text : {"int8", "int8 ieee", "uint4 min=1 max=14", "int16 ieee min=-8388608 max=8388608",
+                           "int4 ieee min=100 max=200"}) {
+    const QuantSpec spec = spec_of(text);
+    for (const float z : {0.0f, 5.0f, -300.0f, 0.5f, -0.3f, 1e-20f, 0x1p23f, 3e9f, -1e30f}) {
+      std::vector<float> all = specials();
+      for (const float end : {spec.quant_min - z, spec.quant_max - z, 0.0f})
+        for (int k = -8; k <= 8; ++k) push_near(all, end + float(k) / 4);
+      for (int i = 0; i < 1000; ++i) all.push_back(float_of(uint32_t(random.bits())));
+      for (const float x : all) {
+        for (const float s : {1.0f, 0.7f, float_of(uint32_t(random.bits()))}) {
+          for_each_rounding([&]<Rounding R>() {
+            test_order<Arithmetic::affine, R>(spec, x, s, z);
+            test_order<Arithmetic::shifted, R>(spec, x, s, z);
+            test_order<Arithmetic::reciprocal, R>(spec, x, s, z);
+            test_order<Arithmetic::reciprocal_shifted, R>(spec, x, s, z);
+          });
+        }
+      }
+    }
+  }
+  // A zero point that is no number: the code of zero, or NaN.
+  const Grid int8 = make_grid(spec_of("int8")), ieee = make_grid(spec_of("int8 ieee"));
+  const auto shifted = quantize_value<Arithmetic::shifted, Rounding::half_even>;
+  for (const float z : {nan_of(true), -kInf}) {
+    CHECK_EQ(shifted(kInf, 1, z, int8), 0.0f);
+    CHECK_EQ(shifted(kInf, 1, z, ieee), nan_of(false));
+  }
+}
+
+TEST(zeros_and_nan_of_float_formats) {
+  constexpr auto kEven = Rounding::half_even;
+  const auto quantized = quantize_value<Arithmetic::minifloat, kEven>;
+  for (const Format& f : quark::formats()) {
+    if (f.is_integer() || f.is_cast()) continue;
+    const check::Note note(f.name);
+    const Grid plain = make_grid(spec_of(f.name)), plus = make_grid(spec_of(f.name + std::string(" plus_zero"))),
+               ieee = make_grid(spec_of(f.name + std::string(" ieee")));
+    const bool has_minus_zero = f.exponent_bits > 0 && f.specials != Specials::fnuz;
+    for (const float x : {-0.0f, -kTiny}) {
+      CHECK_EQ(quantized(x, 1, 0, plain), has_minus_zero ? -0.0f : 0.0f);
+      CHECK_EQ(quantized(x, 1, 0, plus), 0.0f);
+    }
+    CHECK_EQ(quantized(-1, 1, 0, plus), -1.0f);
+    const bool is_signed = f.specials == Specials::nan || f.specials == Specials::ieee;
+    CHECK_EQ(quantized(-0.0f, 0, 0, ieee), nan_of(is_signed));
+    CHECK_EQ(quantized(kInf, 1, 0, ieee), f.hi);
+    CHECK_EQ((fake_quantize_value<Arithmetic::minifloat, kEven>(kInf, kLargest, 0, kInf, ieee)),
+             f.hi > 1 ? kInf : kLargest);
+  }
+}
+
 // ---- dequantize ---------------------------------------------------------------------------------------------------
 
 template <Arithmetic A>
@@ -532,7 +627,7 @@ TEST(is_inside_at_the_edges) {
 // ---- dynamic scales -----------------------------------------------------------------------------------------------
 
 /// x / y in float32: the double quotient has enough bits to round twice.
-float quotient(double x, double y) { return float(x / y); }
+float divided(double x, double y) { return float(x / y); }
 
 void test_bounds(const QuantSpec& spec, float low, float high) {
   const Grid grid = make_grid(spec);
@@ -549,13 +644,13 @@ void test_bounds(const QuantSpec& spec, float low, float high) {
   } else if (low == 0 && high == 0) {
     scale = 1;
   } else if (symmetric) {
-    scale = std::max(quotient(std::max(low, high), grid.hi), 0x1p-126f);
+    scale = std::max(divided(std::max(low, high), grid.hi), 0x1p-126f);
   } else {
     const auto width = float(double(low) + double(high));
-    scale = std::isinf(width) ? float(double(quotient(high, steps)) + double(quotient(low, steps)))
-                              : quotient(width, steps);
+    scale =
+        std::isinf(width) ? float(double(divided(high, steps)) + double(divided(low, steps))) : divided(width, steps);
     scale = std::clamp(scale, 0x1p-126f, kLargest);
-    zero = std::clamp(grid.lo + std::nearbyint(double(quotient(low, scale))), double(grid.lo), double(grid.hi));
+    zero = std::clamp(grid.lo + std::nearbyint(double(divided(low, scale))), double(grid.lo), double(grid.hi));
   }
   const ScaleAndZero got = scale_from_bounds(bits_of(low), bits_of(high), symmetric, grid);
   CHECK_EQ(got.scale, scale);
@@ -590,6 +685,236 @@ TEST(scale_from_bounds) {
   known(quark::QUARK_LEVEL::scale_from_bounds(bits_of(51), bits_of(204), false, uint8), 1, 51);
   known(quark::QUARK_LEVEL::scale_from_bounds(0, 1, true, int8), 0x1p-126f, 0);
   known(quark::QUARK_LEVEL::scale_from_bounds(bits_of(1), bits_of(kInf), false, int8), nan_of(false), -128);
+}
+
+// ---- power-of-two scales ------------------------------------------------------------------------------------------
+
+TEST(power_of_two) {
+  for (int e = -149; e <= 127; ++e) CHECK_EQ(quark::QUARK_LEVEL::power_of_two(e), std::ldexp(1.0f, e));
+}
+
+/// A block's scale from its elements' keys, as the reductions take it.
+float scale_of_block(const QuantSpec& spec, DType dtype, const std::vector<float>& block) {
+  const Grid grid = make_grid(spec, dtype);
+  uint32_t magnitude = 0, finite = 0, exponent = 0;
+  for (const float x : block) {
+    magnitude = std::max(magnitude, magnitude_key(x));
+    finite = std::max(finite, finite_key(x));
+    exponent = std::max(exponent, exponent_key(x, grid));
+  }
+  if (spec.scale_format == ScaleFormat::e8m0) return e8m0_scale(magnitude, grid);
+  if (spec.scale_format == ScaleFormat::exponent) return exponent_scale(int32_t(exponent) - 150, grid);
+  return exponent_scale(exponent_field(finite), grid);
+}
+
+std::vector<std::string> specs_with_scales_of_powers_of_two() {
+  std::vector<std::string> all = {"int8 scale=e8m0 min=-7 max=100", "int5 scale=microexponents block=16 min=-15 max=15",
+                                  "int8 scale=microexponents block=16 min=-127 max=127"};
+  for (const Format& f : quark::formats()) {
+    if (!f.is_cast()) all.push_back(f.name + std::string(" scale=e8m0"));
+    if (!f.is_integer() || f.lo == 0 || f.bits < 3) continue;
+    all.push_back(f.name + std::string(" scale=exponent"));
+    all.push_back(f.name + std::string(" scale=microexponents block=2"));
+  }
+  return all;
+}
+
+/// Numbers just below, at and above powers of two and the ties on the way to the next one.
+float random_near_power(Random& random, int exponent) {
+  const auto bits = int(random.between(0, 23));
+  const float m = random.chance(60) ? 2 - std::ldexp(1.0f, -bits) : 1 + std::ldexp(1.0f, -bits);
+  const float x = std::ldexp(random.chance(30) ? std::nextafter(m, kInf) : m, exponent);
+  return random.chance(50) ? -x : x;
+}
+
+TEST(scales_of_blocks) {
+  Random random(9);
+  std::vector<float> all = specials();
+  for (int e = -149; e < 128; ++e) {
+    push_near(all, std::ldexp(1.0f, e));
+    for (int bits = 1; bits < 18; ++bits) push_near(all, std::ldexp(2 - std::ldexp(1.0f, -bits), e));
+  }
+  for (const std::string& text : specs_with_scales_of_powers_of_two()) {
+    const QuantSpec spec = spec_of(text);
+    for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+      const auto test = [&](std::vector<float> block) {
+        for (float& x : block) {
+          if (dtype == DType::float16) x = from_float16(to_float16(x));
+          if (dtype == DType::bfloat16) x = from_bfloat16(to_bfloat16(x));
+        }
+        const check::Note note([&] {
+          std::string values = text + ", " + quark::name_of(dtype) + " of";
+          for (const float x : block) values.append(" ").append(check::text_of(x));
+          return values;
+        });
+        CHECK_EQ(scale_of_block(spec, dtype, block), float(reference::block_scale(spec, dtype, block)));
+      };
+      for (const float x : all) test({x});
+      for (int i = 0; i < 3000; ++i) {
+        std::vector<float> block(size_t(random.between(1, 8)));
+        const auto exponent = int(random.between(dtype == DType::float16 ? -26 : -151, 127));
+        for (float& x : block) {
+          x = random_near_power(random, exponent - int(random.between(0, 2)));
+          if (random.chance(5)) x = random.pick(all);
+        }
+        test(block);
+      }
+    }
+  }
+  // Known answers: one ordinary block each, and the ends.
+  const auto known = [](const char* text, const std::vector<float>& block, float want, DType dtype = DType::float32) {
+    const check::Note note(text);
+    CHECK_EQ(scale_of_block(spec_of(text), dtype, block), want);
+  };
+  known("fp4 scale=e8m0", {3, -5.9f}, 1);
+  known("fp4 scale=e8m0", {0, -0.0f}, 0x1p-127f);
+  known("fp4 scale=e8m0", {kLargest}, 0x1p125f);
+  known("fp8_e5m2 scale=e8m0", {0x1p-112f}, 0x1p-127f);
+  known("int8f6 scale=e8m0", {kLargest}, 0x1p127f);
+  known("int8f6 scale=e8m0", {kTiny}, 0x1p-127f);
+  known("int8f6 scale=e8m0", {1, kInf}, nan_of(false));
+  known("int8f6 scale=e8m0", {1, nan_of(true)}, nan_of(false));
+  known("int8 scale=exponent", {1, 0.3f}, 0x1p-6f);
+  known("int8 scale=exponent", {127.49f}, 1);
+  known("int8 scale=exponent", {127.5f}, 2);  // the tie goes to 128
+  known("int8 scale=exponent", {-127.5f}, 1);
+  known("int8 scale=exponent", {kInf, nan_of(false), 2}, 0x1p-5f);
+  known("int8 scale=exponent", {0}, kTiny);
+  known("int8 scale=exponent", {kTiny}, kTiny);
+  known("int8 scale=exponent", {kLargest}, 0x1p122f);
+  known("int8 scale=exponent", {-kLargest}, 0x1p121f);
+  known("int8 scale=microexponents block=16", {1, 0.3f}, 0x1p-6f);
+  known("int8 scale=microexponents block=16", {127.5f, kInf}, 1);
+  known("int8 scale=microexponents block=16", {0}, 0x1p-133f);
+  known("int8 scale=microexponents block=16", {0}, 0x1p-21f, DType::float16);
+  known("int5 scale=microexponents block=16", {0x1p-20f}, 0x1p-18f, DType::float16);
+}
+
+TEST(shared_exponent_value) {
+  Random random(10);
+  for (const std::string& text : specs_with_scales_of_powers_of_two()) {
+    const QuantSpec spec = spec_of(text);
+    if (!spec.shares_exponent()) continue;
+    for (const DType dtype : {DType::float32, DType::float16}) {
+      const Grid grid = make_grid(spec, dtype);
+      for (int i = 0; i < 20'000; ++i) {
+        const bool half = dtype == DType::float16;
+        const auto exponent = int(random.between(half ? -16 : -140, half ? 15 : 127));
+        const auto other = [&] {
+          const float near = random_near_power(random, exponent - int(random.between(0, random.chance(30) ? 8 : 2)));
+          const float x = random.chance(4) ? random.pick(specials()) : near;
+          return half ? from_float16(to_float16(x)) : x;
+        };
+        const float x = other(), partner = other();
+        const auto s = float(reference::block_scale(spec, dtype, {x, partner, random.chance(50) ? other() : 0.0f}));
+        if (std::isinf(s)) continue;  // int2 beyond float32
+        const float limit = half ? 65504.0f : random.chance(30) ? kInf : kLargest;
+        const check::Note note([&] {
+          return text + ", " + quark::name_of(dtype) + " of " + check::text_of(x) + " beside " +
+                 check::text_of(partner) + " with " + check::text_of(s);
+        });
+        CHECK_EQ(quark::QUARK_LEVEL::shared_exponent_value<Rounding::half_even>(x, partner, s, limit, grid),
+                 reference::shared_exponent_value(spec, dtype, x, partner, s, limit));
+      }
+    }
+  }
+  const auto value = [](const char* text, float x, float partner, float s) {
+    const Grid grid = make_grid(spec_of(text));
+    return quark::QUARK_LEVEL::shared_exponent_value<Rounding::half_even>(x, partner, s, kLargest, grid);
+  };
+  const char *mx6 = "int5 scale=microexponents block=16 min=-15 max=15", *bfp = "int8 scale=exponent";
+  CHECK_EQ(value(mx6, 0.95f, 0.1f, 0.125f), 0.9375f);  // E = 0: both below 1, so in steps of 1/16
+  CHECK_EQ(value(mx6, 0.95f, 1, 0.125f), 1.0f);
+  CHECK_EQ(value(mx6, 1.95f, 0, 0.125f), 1.875f);
+  CHECK_EQ(value(mx6, -0.01f, 0, 0.125f), 0.0f);
+  CHECK_EQ(value(mx6, 0.95f, kInf, 0.125f), 0.9375f);
+  CHECK_EQ(value(mx6, -kInf, 1, 0.125f), -kInf);
+  CHECK_EQ(value(mx6, float_of(0xff800001), 1, 0.125f), nan_of(true));
+  CHECK_EQ(value(bfp, -kInf, 1, 0.125f), 0.0f);
+  CHECK_EQ(value(bfp, nan_of(true), 1, 0.125f), 0.0f);
+  CHECK_EQ(value(bfp, -0.05f, 0, 0.125f), 0.0f);
+  CHECK_EQ(value(bfp, -kLargest, 0, 0x1p121f), -kLargest);
+}
+
+// ---- learned scales -----------------------------------------------------------------------------------------------
+
+template <Arithmetic A, Rounding R>
+void test_slope(QuantSpec spec, float x, float grad, float s, float z) {
+  spec.shifted = A == Arithmetic::shifted;
+  spec.rounding = R;
+  const check::Note note([&] {
+    return std::string(spec.shifted ? "shifted " : "") + quark::rounding_names()[int(R)] + " of " + check::text_of(x) +
+           " / " + check::text_of(s) + ", zero point " + check::text_of(z);
+  });
+  const Slope got = slope_of<A, R>(x, grad, s, z, make_grid(spec));
+  const reference::Learned want = reference::learned(spec, x, grad, s, z);
+  CHECK_EQ(got.dx, want.dx);
+  CHECK_EQ(double(got.weight) * double(got.slope) + 0.0, want.term + 0.0);
+}
+
+TEST(slope_of) {
+  Random random(11);
+  for (const char* text : {"int8", "uint4 min=1 max=14", "int16 ieee min=-8388608 max=8388608"}) {
+    const QuantSpec spec = spec_of(text);
+    for (const float z : {0.0f, 3.0f, -130.0f, 0.25f, -1.3f, 0x1p23f, -0x1p23f, 1e30f, kInf, -kInf, nan_of(false)}) {
+      std::vector<float> all = specials();
+      for (const float end : {spec.quant_min - z, spec.quant_max - z, spec.quant_min, spec.quant_max, 0.0f})
+        for (int k = -8; k <= 8; ++k) push_near(all, end + float(k) / 4);
+      for (int i = 0; i < 2000; ++i) all.push_back(float_of(uint32_t(random.bits())));
+      for (const float x : all) {
+        for (const float s : {1.0f, 0.3f, float_of(uint32_t(random.bits()))}) {
+          const float grad = random.pick(std::vector<float>{1.0f, -0.7f, 0.0f, kTiny, kLargest});
+          for_each_rounding([&]<Rounding R>() {
+            test_slope<Arithmetic::affine, R>(spec, x, grad, s, z);
+            test_slope<Arithmetic::shifted, R>(spec, x, grad, s, z);
+          });
+        }
+      }
+    }
+  }
+  const Grid int4 = make_grid(spec_of("int4"));
+  const auto known = [](const Slope& r, float dx, float weight, float slope) {
+    CHECK_EQ(r.dx, dx);
+    CHECK_EQ(r.weight, weight);
+    CHECK_EQ(r.slope, slope);
+  };
+  constexpr auto kEven = Rounding::half_even;
+  const float nan = nan_of(false);
+  const auto affine = quark::QUARK_LEVEL::slope_of<Arithmetic::affine, kEven>;
+  const auto shifted = quark::QUARK_LEVEL::slope_of<Arithmetic::shifted, kEven>;
+  known(affine(2.25f, 5, 1, 0, int4), 5, 5, -0.25f);
+  known(affine(7.25f, 5, 1, 0, int4), 5, 5, -0.25f);  // rounds to the end
+  known(affine(7.5f, 5, 1, 0, int4), 0, 5, 7);
+  known(affine(-8.5f, 5, 1, 0, int4), 5, 5, 0.5f);
+  known(affine(-8.75f, 5, 1, 0, int4), 0, 5, -8);
+  known(affine(4.75f, 5, 1, 3, int4), 0, 5, 4);  // 5 + 3 is above 7
+  known(affine(kInf, 5, 1, 3, int4), 0, 5, 4);
+  known(affine(-kInf, 5, 1, 3, int4), 0, 5, -11);
+  known(affine(nan, 5, 1, 3, int4), 0, 0, 0);
+  known(affine(0, 5, 0, 3, int4), 0, 0, 0);
+  known(affine(1, 5, nan, 3, int4), 0, 0, 0);
+  known(affine(2.25f, nan, 1, 0, int4), nan, nan, -0.25f);
+  known(shifted(2.25f, 5, 1, 0.5f, int4), 5, 5, 0.25f);  // 2.75 rounds to 3
+  known(shifted(7.25f, 5, 1, 0.5f, int4), 0, 5, 6.5f);
+  known(shifted(kInf, 5, 1, -kInf, int4), 0, 0, 0);
+}
+
+TEST(threshold_scale) {
+  const auto scale = quark::QUARK_LEVEL::threshold_scale;
+  std::vector<float> all = specials();
+  for (int t = -160; t <= 140; ++t) push_near(all, float(t));
+  for (const float domain : {1.0f, 2.0f, 3.0f, 127.0f, 128.0f, 32768.0f, 0x1p22f - 1, 0x1p22f}) {
+    for (const float t : all) {
+      const check::Note note([&] { return check::text_of(t) + ", domain " + check::text_of(domain); });
+      const double power = std::ldexp(1.0, int(std::clamp(std::ceil(std::isnan(t) ? 0 : t), -126.0f, 127.0f)));
+      CHECK_EQ(scale(t, domain), std::isnan(t) ? nan_of(false) : float(power / double(domain)));
+    }
+  }
+  CHECK_EQ(scale(0, 128), 0x1p-7f);
+  CHECK_EQ(scale(0.001f, 128), 0x1p-6f);
+  CHECK_EQ(scale(-0.999f, 128), 0x1p-7f);
+  CHECK_EQ(scale(kInf, 1), 0x1p127f);
+  CHECK_EQ(scale(-kInf, 0x1p22f), 0x1p-148f);
 }
 
 TEST(bounds_keep_the_largest_bits_of_each_sign) {
