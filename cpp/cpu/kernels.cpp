@@ -191,10 +191,11 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Execu
   return {};
 }
 
-/// The value of a tensor of one element.
-float number(const TensorView& t) {
+/// The value of a tensor of one element. It may be subnormal, so it is a double from here on.
+double number(const TensorView& t) {
+  const FloatEnvironment environment;
   float value;
-  return *Data(t).load(0, 1, &value);
+  return double(*Data(t).load(0, 1, &value));
 }
 
 /// dx = g inside the range, else 0; ds = n * sum(g * slope) over each group (numerics.h, slope_of).
@@ -205,20 +206,23 @@ Status learn(Tensors in, Tensors out, const TensorView& scale, double factor, co
 }
 
 Status lsq_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const FloatEnvironment environment;  // a factor may be subnormal
-  return learn(in, out, in[2], double(number(in[3])), spec, executor);
+  return learn(in, out, in[2], number(in[3]), spec, executor);
 }
 
 /// TQT's numbers: the range [-domain, domain - 1] and the scale 2^ceil(t) / domain.
 struct Threshold {
   QuantSpec spec;
   float scale;
+  double factor;  ///< of the threshold's gradient: s * ln 2
 
   Threshold(const TensorView& t, const TensorView& n, const QuantSpec& given) : spec(given) {
-    const float threshold = number(t), domain = number(n);
-    spec.quant_min = -domain;
-    spec.quant_max = domain - 1.0f;
-    scale = threshold_scale(threshold, domain);
+    constexpr double kLn2 = 0.69314718055994530942;
+    const double threshold = number(t), domain = number(n);
+    const FloatEnvironment environment;
+    spec.quant_min = float(-domain);
+    spec.quant_max = float(domain - 1.0);
+    scale = threshold_scale(float(threshold), float(domain));
+    factor = double(scale) * kLn2;
   }
 
   /// The scale as a 0-d tensor, for as long as this object stays where it is.
@@ -231,7 +235,6 @@ struct Threshold {
 
 /// y = fake_quantize(x) with the scale that a threshold gives.
 Status tqt_quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const FloatEnvironment environment;  // a scale may be subnormal
   Threshold threshold(in[1], in[2], spec);
   const TensorView operands[] = {in[0], threshold.view(), in[in.size() - 1]};
   return fake_quantize(Tensors(operands, in.size() - 1), out, threshold.spec, executor);
@@ -239,10 +242,8 @@ Status tqt_quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& ex
 
 /// dt = s * ln 2 * sum(g * slope).
 Status tqt_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  constexpr double kLn2 = 0.69314718055994530942;
-  const FloatEnvironment environment;
   Threshold threshold(in[2], in[3], spec);
-  return learn(in, out, threshold.view(), double(threshold.scale) * kLn2, threshold.spec, executor);
+  return learn(in, out, threshold.view(), threshold.factor, threshold.spec, executor);
 }
 
 /// Every element of `from` into `to`: Data or Codes.
