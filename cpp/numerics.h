@@ -308,7 +308,8 @@ QUARK_INLINE Slope slope_of(float x, float grad, float s, float z, const Grid& g
   const float v = adds_before(A) ? quotient<A>(x, s) + z : quotient<A>(x, s);
   const float rounded = round_to_integer<R>(v);
   const float r = adds_before(A) ? rounded : rounded + z;
-  const bool is_below = r<g.lo, is_above = r> g.hi;
+  const bool is_below = r < g.lo;
+  const bool is_above = r > g.hi;
   const float slope = is_below ? g.lo - z : is_above ? g.hi - z : rounded - v;
   return {r >= g.lo && r <= g.hi ? grad : 0.0f, is_nan(r) ? 0.0f : grad, is_nan(r) ? 0.0f : slope};
 }

@@ -85,7 +85,24 @@ Status codes_format(int bits, bool is_signed, QuantSpec& spec) {
   return {};
 }
 
-Status complete_scale(const QuantSpec& spec);
+/// Checks the scale format against the rest.
+Status complete_scale(const QuantSpec& spec) {
+  const Format& f = spec.format;
+  if (spec.scale_format != ScaleFormat::float32 && (f.is_cast() || !spec.symmetric))
+    return value_error(std::string("spec: scales of ") + f.name + " are float32 here: it is a cast or asymmetric");
+  if (spec.shares_exponent() && (!f.is_integer() || f.lo == 0 || f.bits < 3 || spec.reciprocal || spec.shifted))
+    return value_error(std::string("spec: a shared exponent goes with signed integers of 3 bits or more, plainly "
+                                   "rounded, not with ") +
+                       f.name);
+  if (spec.scale_format == ScaleFormat::microexponents) {
+    const int axis = spec.block_axis();
+    if (axis < 0 || spec.block[axis] == 0 || spec.block[axis] % 2 != 0)
+      return value_error("spec: microexponents need a block of even length along one axis");
+  }
+  if (spec.packed && f.bits > 8)
+    return value_error(std::string("spec: ") + f.name + " has no packed form; it is wider than a byte");
+  return {};
+}
 
 /// Checks what only makes sense together, and fills in the format's own range.
 Status complete(QuantSpec& spec, bool has_min, bool has_max) {
@@ -115,25 +132,6 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
     return value_error(std::string("spec: ") + f.name + (f.is_cast() ? " is a cast and" : " so computed") +
                        " rounds half_even only");
   return complete_scale(spec);
-}
-
-/// Checks the scale format against the rest.
-Status complete_scale(const QuantSpec& spec) {
-  const Format& f = spec.format;
-  if (spec.scale_format != ScaleFormat::float32 && (f.is_cast() || !spec.symmetric))
-    return value_error(std::string("spec: scales of ") + f.name + " are float32 here: it is a cast or asymmetric");
-  if (spec.shares_exponent() && (!f.is_integer() || f.lo == 0 || f.bits < 3 || spec.reciprocal || spec.shifted))
-    return value_error(std::string("spec: a shared exponent goes with signed integers of 3 bits or more, plainly "
-                                   "rounded, not with ") +
-                       f.name);
-  if (spec.scale_format == ScaleFormat::microexponents) {
-    const int axis = spec.block_axis();
-    if (axis < 0 || spec.block[axis] == 0 || spec.block[axis] % 2 != 0)
-      return value_error("spec: microexponents need a block of even length along one axis");
-  }
-  if (spec.packed && f.bits > 8)
-    return value_error(std::string("spec: ") + f.name + " has no packed form; it is wider than a byte");
-  return {};
 }
 
 }  // namespace

@@ -69,8 +69,8 @@ std::span<const Format> formats();
 ///
 /// reciprocal  integers: x is multiplied by the reciprocal of s (divided by s where that is infinite)
 /// shifted     integers: z is added before rounding, not after; only then it may be a float
-/// narrow      float formats: the quotient x / s is rounded to x's dtype
-/// plus_zero   a zero of the grid is +0
+/// narrow      minifloats: the quotient x / s is rounded to x's dtype
+/// plus_zero   minifloats: a zero of the grid is +0
 /// ieee        NaN and infinity as IEEE has them: a NaN quotient gives NaN, a result too large for its dtype infinity.
 ///             The integer range is free within +-2^23, and codes may be int32
 ///
