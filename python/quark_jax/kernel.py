@@ -150,6 +150,20 @@ def _scales(quant_dtype: str, scale: Any, zero_point: Any) -> tuple[Any, Any]:
     return jax.lax.stop_gradient(scale_array("scale", scale)), z
 
 
+def _quantize(op: str, quant_dtype: str, inputs: jax.Array, scale: Any, zero_point: Any, *how: Any) -> jax.Array:
+    """Scaled quantization: fake (``op`` is "fake_quantize") or real ("quantize")."""
+    x = check_data("inputs", inputs)
+    one_of("quant_dtype", quant_dtype, documented.SCALED)
+    if quant_dtype in documented.CASTS:
+        return _passing(op, x, ONE, None, documented.cast_spec(quant_dtype, x.shape))
+    s, z = _scales(quant_dtype, scale, zero_point)
+    real = op == "quantize"
+    plan = documented.quantize_plan(quant_dtype, x.shape, x.dtype.name, given(s), given(z), *how, real=real)
+    s = _rounded_scale(s, plan.scale_format)
+    run = _constant if real and quant_dtype not in documented.FP8 else _passing
+    return run(op, x, arrange(s, plan.scale), arrange(z, plan.zero_point), plan.spec)
+
+
 def scaled_fake_quantize(
     quant_dtype: str,
     inputs: jax.Array,
@@ -177,26 +191,8 @@ def scaled_fake_quantize(
     swap where the shape tells the two apart. ``mx_element_dtype`` is not used.
 
     """
-    x = check_data("inputs", inputs)
-    one_of("quant_dtype", quant_dtype, documented.SCALED)
-    if quant_dtype in documented.CASTS:
-        return _passing("fake_quantize", x, ONE, None, documented.cast_spec(quant_dtype, x.shape))
-    s, z = _scales(quant_dtype, scale, zero_point)
-    plan = documented.fake_plan(
-        quant_dtype,
-        x.shape,
-        x.dtype.name,
-        given(s),
-        given(z),
-        axis,
-        group_size,
-        quant_min,
-        quant_max,
-        round_mode,
-        qscheme,
-    )
-    s = arrange(_rounded_scale(s, plan.scale_format), plan.scale)
-    return _passing("fake_quantize", x, s, arrange(z, plan.zero_point), plan.spec)
+    how = (axis, group_size, quant_min, quant_max, round_mode, qscheme)
+    return _quantize("fake_quantize", quant_dtype, inputs, scale, zero_point, *how)
 
 
 def scaled_real_quantize(
@@ -222,27 +218,8 @@ def scaled_real_quantize(
     ``scaled_fake_quantize`` reads it. Integer codes have no gradient.
 
     """
-    x = check_data("inputs", inputs)
-    one_of("quant_dtype", quant_dtype, documented.SCALED)
-    if quant_dtype in documented.CASTS:
-        return _passing("quantize", x, ONE, None, documented.cast_spec(quant_dtype, x.shape))
-    s, z = _scales(quant_dtype, scale, zero_point)
-    plan = documented.real_plan(
-        quant_dtype,
-        x.shape,
-        x.dtype.name,
-        given(s),
-        given(z),
-        axis,
-        group_size,
-        quant_min,
-        quant_max,
-        round_mode,
-        qscheme,
-    )
-    s = arrange(_rounded_scale(s, plan.scale_format), plan.scale)
-    run = _passing if quant_dtype in documented.FP8 else _constant
-    return run("quantize", x, s, arrange(z, plan.zero_point), plan.spec)
+    how = (axis, group_size, quant_min, quant_max, round_mode, qscheme)
+    return _quantize("quantize", quant_dtype, inputs, scale, zero_point, *how)
 
 
 def dequantize(

@@ -232,7 +232,7 @@ def _granularity(
 # ---- scaled functions ------------------------------------------------------------------------------------------------
 
 
-def fake_plan(
+def quantize_plan(
     quant_dtype: str,
     shape: Shape,
     dtype: str,
@@ -243,78 +243,24 @@ def fake_plan(
     quant_min: Any,
     quant_max: Any,
     round_mode: int | None,
-    qscheme: str | None,
-) -> Plan:
-    """Plan scaled_fake_quantize of ``inputs`` of this shape and dtype."""
-    if quant_dtype in INTEGERS:
-        return _integers(
-            quant_dtype, shape, scale, zero_point, axis, group_size, quant_min, quant_max, round_mode, qscheme, None
-        )
-    return _minifloats(quant_dtype, shape, dtype, scale, axis, group_size, qscheme, real=False)
-
-
-def real_plan(
-    quant_dtype: str,
-    shape: Shape,
-    dtype: str,
-    scale: Given,
-    zero_point: Given | None,
-    axis: int | None,
-    group_size: int | None,
-    quant_min: Any,
-    quant_max: Any,
-    round_mode: int | None,
-    qscheme: str | None,
-) -> Plan:
-    """Plan scaled_real_quantize of ``inputs`` of this shape and dtype."""
-    if quant_dtype in INTEGERS:
-        return _integers(
-            quant_dtype, shape, scale, zero_point, axis, group_size, quant_min, quant_max, round_mode, qscheme, "int32"
-        )
-    return _minifloats(quant_dtype, shape, dtype, scale, axis, group_size, qscheme, real=True)
-
-
-def _integers(
-    quant_dtype: str,
-    shape: Shape,
-    scale: Given,
-    zero_point: Given | None,
-    axis: int | None,
-    group_size: int | None,
-    quant_min: Any,
-    quant_max: Any,
-    round_mode: int | None,
-    qscheme: str | None,
-    codes: str | None,
-) -> Plan:
-    row = FORMATS[quant_dtype]
-    words = [quant_dtype, "ieee", "reciprocal", *_range_words(quant_min, quant_max, row.lo, row.hi)]
-    words += _rounding_words(rounding("round_mode", round_mode))
-    # Codes have z added before rounding; fake quantization only where z is a float.
-    if codes is not None or (zero_point is not None and zero_point.is_float):
-        words.append("shifted")
-    block, s, z = _granularity(
-        "inputs", shape, scale, zero_point, axis, group_size, qscheme, own_first=codes is not None
-    )
-    return Plan(OpSpec(tuple(words), block, dtype=codes), s, z)
-
-
-def _minifloats(
-    quant_dtype: str,
-    shape: Shape,
-    dtype: str,
-    scale: Given,
-    axis: int | None,
-    group_size: int | None,
     qscheme: str | None,
     *,
     real: bool,
 ) -> Plan:
+    """Plan scaled_real_quantize, or scaled_fake_quantize, of ``inputs`` of this shape and dtype. Not of the casts."""
     _no_fp8_groups(quant_dtype, qscheme)
-    block, s, _ = _granularity("inputs", shape, scale, None, axis, group_size, qscheme, own_first=real)
-    per_channel = qscheme == "per_channel" and any(block)
-    scale_format = NARROW_FORMATS.get(dtype) if per_channel else None
-    return Plan(OpSpec((quant_dtype, "ieee", "narrow"), block), s, None, scale_format)
+    block, s, z = _granularity("inputs", shape, scale, zero_point, axis, group_size, qscheme, own_first=real)
+    if quant_dtype not in INTEGERS:
+        per_channel = qscheme == "per_channel" and any(block)
+        scale_format = NARROW_FORMATS.get(dtype) if per_channel else None
+        return Plan(OpSpec((quant_dtype, "ieee", "narrow"), block), s, None, scale_format)
+    row = FORMATS[quant_dtype]
+    words = [quant_dtype, "ieee", "reciprocal", *_range_words(quant_min, quant_max, row.lo, row.hi)]
+    words += _rounding_words(rounding("round_mode", round_mode))
+    # Codes have z added before rounding; fake quantization only where z is a float.
+    if real or (zero_point is not None and zero_point.is_float):
+        words.append("shifted")
+    return Plan(OpSpec(tuple(words), block, dtype="int32" if real else None), s, z)
 
 
 def _no_fp8_groups(quant_dtype: str, qscheme: str | None) -> None:
@@ -335,8 +281,6 @@ def dequantize_plan(
 ) -> Plan:
     """Plan dequantize of ``inputs`` of this shape."""
     _no_fp8_groups(quant_dtype, qscheme)
-    if quant_dtype not in INTEGERS:
-        zero_point = None
     block, s, z = _granularity("inputs", shape, scale, zero_point, axis, group_size, qscheme, own_first=True)
     return Plan(OpSpec((quant_dtype, "ieee"), block, dtype="float32"), s, z)
 

@@ -179,6 +179,26 @@ def _rounded_scale(s: torch.Tensor, scale_format: str | None) -> torch.Tensor:
     return call("fake_quantize", [s, one(s), None], OpSpec((scale_format, "ieee"), (0,) * s.dim()))  # type: ignore[no-any-return]
 
 
+def _scales(quant_dtype: str, scale: Any, zero_point: Any, like: torch.Tensor) -> tuple[Any, Any]:
+    """The given scale and, for integers, the zero point."""
+    z = zero_point_tensor(zero_point, like) if quant_dtype in documented.INTEGERS else None
+    return scale_tensor("scale", scale, like), z
+
+
+def _quantize(op: str, quant_dtype: str, inputs: torch.Tensor, scale: Any, zero_point: Any, *how: Any) -> torch.Tensor:
+    """Scaled quantization: fake (``op`` is "fake_quantize") or real ("quantize")."""
+    x = check_data("inputs", inputs)
+    one_of("quant_dtype", quant_dtype, documented.SCALED)
+    if quant_dtype in documented.CASTS:
+        return call(op, [x, one(x), None], documented.cast_spec(quant_dtype, tuple(x.shape)))  # type: ignore[no-any-return]
+    s, z = _scales(quant_dtype, scale, zero_point, x)
+    plan = documented.quantize_plan(
+        quant_dtype, tuple(x.shape), dtype_name(x.dtype), given(s), given(z), *how, real=op == "quantize"
+    )
+    s = _rounded_scale(s, plan.scale_format)
+    return call(op, [x, arrange(s, plan.scale), arrange(z, plan.zero_point)], plan.spec)  # type: ignore[no-any-return]
+
+
 class ScaledFakeQuantizeFunction(Function):
     """See ``scaled_fake_quantize``."""
 
@@ -198,29 +218,8 @@ class ScaledFakeQuantizeFunction(Function):
         mx_element_dtype: str | None,
     ) -> torch.Tensor:
         """Compute ``scaled_fake_quantize(...)``."""
-        x = check_data("inputs", inputs)
-        one_of("quant_dtype", quant_dtype, documented.SCALED)
-        if quant_dtype in documented.CASTS:
-            return call("fake_quantize", [x, one(x), None], documented.cast_spec(quant_dtype, tuple(x.shape)))  # type: ignore[no-any-return]
-        s, z = (
-            scale_tensor("scale", scale, x),
-            zero_point_tensor(zero_point, x) if quant_dtype in documented.INTEGERS else None,
-        )
-        plan = documented.fake_plan(
-            quant_dtype,
-            tuple(x.shape),
-            dtype_name(x.dtype),
-            given(s),
-            given(z),
-            axis,
-            group_size,
-            quant_min,
-            quant_max,
-            round_mode,
-            qscheme,
-        )
-        s = _rounded_scale(s, plan.scale_format)
-        return call("fake_quantize", [x, arrange(s, plan.scale), arrange(z, plan.zero_point)], plan.spec)  # type: ignore[no-any-return]
+        how = (axis, group_size, quant_min, quant_max, round_mode, qscheme)
+        return _quantize("fake_quantize", quant_dtype, inputs, scale, zero_point, *how)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -246,30 +245,10 @@ class ScaledRealQuantizeFunction(Function):
         qscheme: str | None,
     ) -> torch.Tensor:
         """Compute ``scaled_real_quantize(...)``."""
-        x = check_data("inputs", inputs)
-        one_of("quant_dtype", quant_dtype, documented.SCALED)
-        ctx.dtype = x.dtype
-        if quant_dtype in documented.CASTS:
-            return call("quantize", [x, one(x), None], documented.cast_spec(quant_dtype, tuple(x.shape)))  # type: ignore[no-any-return]
-        s, z = (
-            scale_tensor("scale", scale, x),
-            zero_point_tensor(zero_point, x) if quant_dtype in documented.INTEGERS else None,
-        )
-        plan = documented.real_plan(
-            quant_dtype,
-            tuple(x.shape),
-            dtype_name(x.dtype),
-            given(s),
-            given(z),
-            axis,
-            group_size,
-            quant_min,
-            quant_max,
-            round_mode,
-            qscheme,
-        )
-        s = _rounded_scale(s, plan.scale_format)
-        return call("quantize", [x, arrange(s, plan.scale), arrange(z, plan.zero_point)], plan.spec)  # type: ignore[no-any-return]
+        check_data("inputs", inputs)
+        ctx.dtype = inputs.dtype
+        how = (axis, group_size, quant_min, quant_max, round_mode, qscheme)
+        return _quantize("quantize", quant_dtype, inputs, scale, zero_point, *how)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -298,10 +277,7 @@ class DeQuantizeFunction(Function):
         ctx.dtype = q.dtype
         if quant_dtype in documented.CASTS:
             return q.clone()
-        s, z = (
-            scale_tensor("scale", scale, q),
-            zero_point_tensor(zero_point, q) if quant_dtype in documented.INTEGERS else None,
-        )
+        s, z = _scales(quant_dtype, scale, zero_point, q)
         plan = documented.dequantize_plan(quant_dtype, tuple(q.shape), given(s), given(z), axis, group_size, qscheme)
         return call("dequantize", [q, arrange(s, plan.scale), arrange(z, plan.zero_point)], plan.spec)  # type: ignore[no-any-return]
 
