@@ -14,24 +14,12 @@ import numpy as np
 
 import frontends
 from frontends import bits
-from matrix import numpy_dtype
+from matrix import CLASSES, numpy_dtype
 
 FOLDER = Path(__file__).parent / "conformance"
 
 # The class whose apply was recorded (torch has it too) -> the function of the same arguments that torch and JAX have.
-FUNCTIONS = {
-    "QuantE4M3Function": "quant_fp8_e4m3",
-    "DequantE4M3Function": "dequant_fp8_e4m3",
-    "QuantE5M2Function": "quant_fp8_e5m2",
-    "DequantE5M2Function": "dequant_fp8_e5m2",
-    "ScaledFakeQuantizeFunction": "scaled_fake_quantize",
-    "NonScaledFakeQuantizeFunction": "non_scaled_fake_quantize",
-    "ScaledRealQuantizeFunction": "scaled_real_quantize",
-    "NonScaledRealQuantizeFunction": "non_scaled_real_quantize",
-    "DeQuantizeFunction": "dequantize",
-    "TQTQuantize": "tqt_quantize",
-    "LSQQuantize": "lsq_quantize",
-}
+FUNCTIONS = {class_name: function for function, class_name in CLASSES.items()}
 
 SUMS = ("scale", "log_threshold")  # arguments whose gradients are sums, so compared with a tolerance
 

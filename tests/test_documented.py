@@ -340,7 +340,7 @@ WRONG: dict[str, tuple[Callable[[Any, Any, Any], Any], type[Exception], str]] = 
         "qscheme is 'per_group'; fp8_e4m3 allows: per_tensor, per_channel",
     ),
     "round_mode": (lambda k, a, x: fake(k, x, mode=1), ValueError, r"round_mode is 1; allowed: 2 \(half up\), 3"),
-    "round_mode_type": (lambda k, a, x: real(k, x, mode=True), ValueError, "round_mode is True; allowed: 2"),
+    "round_mode_type": (lambda k, a, x: real(k, x, mode=True), TypeError, "round_mode is True; allowed: an integer"),
     "round_mode_tqt": (lambda k, a, x: k.tqt_quantize(x, 1.0, None, 8, 9), ValueError, "round_mode is 9; allowed: 2"),
     "rounding_key": (
         lambda k, a, x: k.lsq_quantize(x, 1.0, None, 1.0, -8, 7, None, 4),
@@ -659,3 +659,72 @@ def test_mixed_up(torch_frontend: Any, jax_frontend: Any) -> None:
         }.items():
             with pytest.raises(TypeError, match=f"^{name} is a {kind}; allowed: a "):
                 call()
+
+
+# ---- what users passed -----------------------------------------------------------------------------------------------
+
+
+def test_gradient_to_a_python_scale(jax_frontend: Any) -> None:
+    """A Python number among grad's arguments; scales are constants to pass-through gradients."""
+    import jax
+
+    api = kernel(jax_frontend)
+    x = np.array([0.3, -5.0, 1.26], np.float32)
+
+    def run(x: Any, s: Any) -> Any:
+        return api.scaled_fake_quantize("int8", x, s, None, None, None, -8, 7, 8, "per_tensor").sum()
+
+    dx, ds = jax.grad(run, argnums=(0, 1))(x, 0.1)
+    assert np.array_equal(dx, np.ones(3))
+    assert ds == 0
+
+
+def test_traced_python_floats_with_x64(jax_frontend: Any) -> None:
+    import jax
+
+    api = kernel(jax_frontend)
+    x = np.array([0.3, -5.0, 1.26], np.float32)
+    arguments = (None, None, -8, 7, 8, "per_tensor")
+    expected = api.scaled_fake_quantize("int8", x, 0.1, 0.5, *arguments)
+    with jax.enable_x64(True):
+        got = jax.jit(lambda s, z: api.scaled_fake_quantize("int8", x, s, z, *arguments))(0.1, 0.5)
+        everyday = jax.jit(lambda s: jax_frontend.api.fake_quantize(x, "int4", scale=s))(0.1)
+    assert np.array_equal(bits(got), bits(expected))
+    assert np.array_equal(bits(everyday), bits(jax_frontend.api.fake_quantize(x, "int4", scale=0.1)))
+
+
+def test_wide_zero_points(framework: Any) -> None:
+    """Beyond int32 they saturate, and never wrap."""
+    api = kernel(framework)
+    x = framework.array(np.array([1.0, 2.0], np.float32))
+    z = np.array([2**32 + 5])
+    if framework.name == "jax":
+        with pytest.raises(ValueError, match="zero_point has integers beyond 32 bits"):
+            api.scaled_real_quantize("int8", x, 1.0, z, None, None, -128, 127, 8, "per_tensor")
+        with pytest.raises(ValueError, match="inputs has integers beyond 32 bits"):
+            api.dequantize("int8", np.array([2**40, 3]), 1.0, None, None, None, "per_tensor")
+        return
+    q = api.scaled_real_quantize("int8", x, 1.0, framework.array(z), None, None, -128, 127, 8, "per_tensor")
+    assert q.tolist() == [127, 127]
+    q = framework.api.quantize(x, "int8", scale=1.0, zero_point=framework.array(z))
+    assert q.qvalue.tolist() == [127, 127]
+
+
+def test_more_wrong_calls(framework: Any) -> None:
+    api = kernel(framework)
+    x, many = (framework.array(np.ones(shape, np.float32)) for shape in ((4, 8), (1,) * 17))
+    per_tensor = (None, None, -8, 7, 8, "per_tensor")
+    with pytest.raises(ValueError, match="inputs has 17 dimensions; at most 16"):
+        api.scaled_fake_quantize("int8", many, 0.1, None, *per_tensor)
+    with pytest.raises(ValueError, match="input_tensor with its axis split has 17 dimensions"):
+        api.non_scaled_real_quantize(many.reshape((1,) * 16), "mx", "fp4", 0, 1)
+    with pytest.raises(TypeError, match="scale has dtype complex64; allowed: float32"):
+        api.quant_fp8_e4m3(x, framework.array(np.array(1j, np.complex64)))
+    with pytest.raises(TypeError, match="domain has dtype bool"):
+        api.tqt_quantize(x, 1.0, None, framework.array(np.array(True)), 8)
+    with pytest.raises(TypeError, match=r"round_mode is \[8\]; allowed: an integer"):
+        api.scaled_fake_quantize("int8", x, 0.1, None, None, None, -8, 7, [8], "per_tensor")
+    with pytest.raises(ValueError, match="domain is 1000.*; allowed: numbers that a float can hold"):
+        api.tqt_quantize(x, 1.0, None, 10**400, 8)
+    with pytest.raises(TypeError, match="ch_axis is True; allowed: an integer"):
+        api.lsq_quantize(x, 0.1, None, 1.0, -8, 7, True)

@@ -40,14 +40,23 @@ def check_array(name: str, x: object, allowed: str = "a jax.Array or NumPy array
     if isinstance(x, jax.Array):
         return x
     if isinstance(x, (np.ndarray, np.generic)):
+        _expect_32_bits(name, x)
         return jnp.asarray(x)
     raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: {allowed}")
+
+
+def _expect_32_bits(name: str, x: np.ndarray[Any, Any] | np.generic) -> None:
+    """Raise ValueError where integers would be cut: JAX has 64 bits only with jax_enable_x64."""
+    is_cut = x.dtype.kind in "iu" and jax.dtypes.canonicalize_dtype(x.dtype).itemsize < x.dtype.itemsize
+    if is_cut and x.size and (int(x.min()) < -(2**31) or int(x.max()) >= 2**31):
+        raise ValueError(f"{name} has integers beyond 32 bits; allowed with jax_enable_x64 only")
 
 
 def check_data(name: str, x: object) -> jax.Array:
     """Return ``x`` as a JAX array. Raises TypeError unless it is an array of a data dtype."""
     x = check_array(name, x)
     schema.expect_float(name, x.dtype.name)
+    schema.expect_rank(name, x.ndim)
     return x
 
 
@@ -75,14 +84,13 @@ def _scales(
         scale = float32("scale", scale)
     if isinstance(zero_point, numbers.Integral):
         zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
-    scale = check_array("scale", scale)
-    schema.expect_scale(scale.dtype.name)
+    scale = _narrow_scale("scale", check_array("scale", scale))
     scale = scale.reshape(schema.scale_argument_shape("scale", scale.shape, spec, op_spec, shape))
     if zero_point is not None:
         zero_point = check_array("zero_point", zero_point)
         schema.expect_integer("zero_point", zero_point.dtype.name)
         normal = schema.scale_argument_shape("zero_point", zero_point.shape, spec, op_spec, shape)
-        zero_point = zero_point.reshape(normal).astype(np.int32)
+        zero_point = _int32(zero_point.reshape(normal))
     return scale.astype(np.float32), zero_point
 
 
@@ -90,9 +98,15 @@ def scale_array(name: str, scale: Any) -> jax.Array:
     """Return a given scale (or another number of the user's) as an array that the core takes."""
     if isinstance(scale, numbers.Real):
         scale = float32(name, scale)
-    array = check_array(name, scale, NUMBER)
-    schema.expect_scale(array.dtype.name, name)
-    return array
+    return _narrow_scale(name, check_array(name, scale, NUMBER))
+
+
+def _narrow_scale(name: str, scale: jax.Array) -> jax.Array:
+    """A scale of a dtype that becomes float32 exactly, or a Python float that jit has traced."""
+    if scale.dtype.name == "float64" and getattr(scale, "weak_type", False):
+        scale = scale.astype(np.float32)
+    schema.expect_scale(scale.dtype.name, name)
+    return scale
 
 
 def number_array(name: str, value: Any) -> jax.Array:
@@ -100,6 +114,7 @@ def number_array(name: str, value: Any) -> jax.Array:
     if isinstance(value, numbers.Real):
         value = float32(name, value)
     array = check_array(name, value, NUMBER)
+    schema.expect_number(array.dtype.name, name)
     documented.expect_single(name, array.shape)
     return array.reshape(()).astype(np.float32)
 
@@ -113,8 +128,17 @@ def zero_point_array(zero_point: Any) -> jax.Array | None:
     elif isinstance(zero_point, numbers.Real):
         zero_point = float32("zero_point", zero_point)
     array = check_array("zero_point", zero_point, NUMBER)
+    if array.dtype.name == "float64" and getattr(array, "weak_type", False):
+        array = array.astype(np.float32)
     schema.expect_zero_point(array.dtype.name)
-    return array.astype(np.float32 if jnp.issubdtype(array.dtype, jnp.floating) else np.int32)
+    return array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else _int32(array)
+
+
+def _int32(zero_point: jax.Array) -> jax.Array:
+    """An integer zero point as int32; what is beyond saturates."""
+    if zero_point.dtype.name == "int64":
+        zero_point = zero_point.clip(-(2**31), 2**31 - 1)
+    return zero_point.astype(np.int32)
 
 
 def given(a: jax.Array | None) -> Any:

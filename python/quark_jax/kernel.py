@@ -38,7 +38,7 @@ from quark_jax.functions import (
     zero_point_array,
 )
 from quark_jax.primitives import call
-from quark_kernels import documented
+from quark_kernels import documented, schema
 from quark_kernels.schema import OpSpec
 from quark_kernels.spec import one_of
 
@@ -147,7 +147,7 @@ def _rounded_scale(s: Any, scale_format: str | None) -> Any:
 def _scales(quant_dtype: str, scale: Any, zero_point: Any) -> tuple[Any, Any]:
     """The given scale and, for integers, the zero point; constants to every gradient."""
     z = zero_point_array(zero_point) if quant_dtype in documented.INTEGERS else None
-    return jax.lax.stop_gradient(scale_array("scale", scale)), z
+    return jnp.asarray(jax.lax.stop_gradient(scale_array("scale", scale))), z
 
 
 def _quantize(op: str, quant_dtype: str, inputs: jax.Array, scale: Any, zero_point: Any, *how: Any) -> jax.Array:
@@ -239,6 +239,7 @@ def dequantize(
     The layouts of scale and zero point are those of ``scaled_real_quantize``.
     """
     q = check_array("inputs", inputs)
+    schema.expect_rank("inputs", q.ndim)
     one_of("quant_dtype", quant_dtype, documented.SCALED)
     documented.expect_codes("inputs", q.dtype.name, quant_dtype)
     if quant_dtype in documented.CASTS:
@@ -269,7 +270,7 @@ def non_scaled_fake_quantize(
 
     """
     x = check_data("input_tensor", input_tensor)
-    spec, _ = documented.block_plan(quant_dtype, x.shape, mx_element_dtype, axis, block_size)
+    spec = documented.block_plan(quant_dtype, x.shape, mx_element_dtype, axis, block_size)
     return _passing("fake_quantize_dynamic", x, None, None, spec)
 
 

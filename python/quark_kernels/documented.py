@@ -1,7 +1,7 @@
-"""What AMD Quark's documented functions do, apart from the framework: their arguments as specs of the core.
+"""What AMD Quark's documented functions, and all with learned scales, do, apart from the framework.
 
-Each ``*_plan`` checks the static arguments of a function, as documented, and returns the ``OpSpec`` that the core needs
-and how given scales and zero points are laid out. ``quark_torch.kernel`` and ``quark_jax.kernel`` do the rest.
+Each ``*_plan`` checks the static arguments of a function and returns the ``OpSpec`` that the core needs and how given
+scales and zero points are laid out. ``quark_torch.kernel`` and ``quark_jax.kernel`` do the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from quark_kernels.schema import (
     LONGEST,
     OpSpec,
     Shape,
+    as_float,
+    expect_rank,
     normal_axis,
     scale_shape,
 )
@@ -34,7 +36,6 @@ ROUND_MODES = {None: "half_even", -1: "half_even", 8: "half_even", 2: "half_up",
 BFP16_BLOCK = 8
 WIDEST = 2**23
 """Integers up to here are exact in every step."""
-NARROW_FORMATS = {"float16": "fp16", "bfloat16": "bf16"}
 FP8_FORMATS = {FORMATS[name].storage: name for name in FP8}
 
 
@@ -68,7 +69,9 @@ class Given(NamedTuple):
 
 def rounding(name: str, round_mode: int | None) -> str:
     """Return the rounding that the argument ``name`` stands for."""
-    if isinstance(round_mode, bool) or round_mode not in ROUND_MODES:
+    if round_mode is not None:
+        round_mode = as_int(name, round_mode)
+    if round_mode not in ROUND_MODES:
         raise ValueError(f"{name} is {round_mode!r}; allowed: 2 (half up), 3 (half away from zero), 8 (half to even)")
     return ROUND_MODES[round_mode]
 
@@ -118,7 +121,10 @@ def expect_single(name: str, shape: Shape) -> None:
 
 def expect_domain(domain: Any) -> None:
     """Raise ValueError where a number can't be TQT's domain. The core checks those in arrays."""
-    if isinstance(domain, Real) and not (1 <= float(domain) <= 2**22 and float(domain).is_integer()):
+    if not isinstance(domain, Real):
+        return
+    number = as_float("domain", domain)
+    if not (1 <= number <= 2**22 and number.is_integer()):
         raise ValueError(f"domain is {domain}; allowed: an integer from 1 to {2**22}")
 
 
@@ -160,9 +166,10 @@ def _per_group(name: str, given: Shape, shape: Shape, block: Shape, axis: int, *
         return Layout(normal, None, normal)
     if prod(given) == prod(normal):
         return Layout(swapped, (axis, len(shape) - 1), normal)
+    shapes = f"{swapped}" if swapped == normal else f"{swapped} or {normal}"
     raise ValueError(
         f"{name} has shape {given}; per group of {block[axis] or shape[axis]} along axis {axis} of {shape} allows "
-        f"{prod(normal)} elements: {swapped} or {normal}"
+        f"{prod(normal)} elements: {shapes}"
     )
 
 
@@ -252,7 +259,7 @@ def quantize_plan(
     block, s, z = _granularity("inputs", shape, scale, zero_point, axis, group_size, qscheme, own_first=real)
     if quant_dtype not in INTEGERS:
         per_channel = qscheme == "per_channel" and any(block)
-        scale_format = NARROW_FORMATS.get(dtype) if per_channel else None
+        scale_format = CASTS.get(dtype) if per_channel else None
         return Plan(OpSpec((quant_dtype, "ieee", "narrow"), block), s, None, scale_format)
     row = FORMATS[quant_dtype]
     words = [quant_dtype, "ieee", "reciprocal", *_range_words(quant_min, quant_max, row.lo, row.hi)]
@@ -308,10 +315,8 @@ def conversion(source: str, target: str, shape: Shape) -> tuple[str, OpSpec]:
 # ---- non-scaled functions --------------------------------------------------------------------------------------------
 
 
-def block_plan(
-    quant_dtype: str, shape: Shape, mx_element_dtype: str | None, axis: int, block_size: int
-) -> tuple[OpSpec, int]:
-    """Plan non_scaled_fake_quantize of ``input_tensor`` of this shape: the spec, and the axis from the front."""
+def block_plan(quant_dtype: str, shape: Shape, mx_element_dtype: str | None, axis: int, block_size: int) -> OpSpec:
+    """Plan non_scaled_fake_quantize of ``input_tensor`` of this shape."""
     one_of("quant_dtype", quant_dtype, NON_SCALED)
     axis = normal_axis(axis, len(shape), "input_tensor")
     size = BFP16_BLOCK if quant_dtype == "bfp16" else as_int("block_size", block_size, 1)
@@ -329,7 +334,7 @@ def block_plan(
                 raise ValueError(f"block_size is {size}; {quant_dtype} has pairs, allowed: an even number")
             name, top = ("int5", 15) if quant_dtype == "mx6" else ("int8", 127)
             words = [name, "scale=microexponents", "ieee", f"min={-top}", f"max={top}"]
-    return OpSpec(tuple(words), _block(shape, axis, size)), axis
+    return OpSpec(tuple(words), _block(shape, axis, size))
 
 
 class SlotPlan(NamedTuple):
@@ -350,7 +355,9 @@ def slot_plan(quant_dtype: str, shape: Shape, mx_element_dtype: str | None, axis
         raise ValueError(
             f"quant_dtype is {quant_dtype!r} and mx_element_dtype is {mx_element_dtype!r}; allowed: 'mx' and 'fp4'"
         )
-    spec, axis = block_plan(quant_dtype, shape, mx_element_dtype, axis, block_size)
+    spec = block_plan(quant_dtype, shape, mx_element_dtype, axis, block_size)
+    expect_rank("input_tensor with its axis split", len(shape) + 1)
+    axis = normal_axis(axis, len(shape), "input_tensor")
     size = as_int("block_size", block_size, 1)
     if shape[axis] % size:
         raise ValueError(f"block_size is {size}; axis {axis} has length {shape[axis]}, allowed: a divisor of it")
@@ -391,7 +398,7 @@ def lsq_plan(
     for name, value in (("quant_min", quant_min), ("quant_max", quant_max)):
         if value is None:
             raise ValueError(f"{name} is None; allowed: an integer")
-    words = ["int8", "ieee", *_range_words(quant_min, quant_max, 0, 0)]
+    words = ["int8", "ieee", *_range_words(quant_min, quant_max, 0, 0)]  # any integers: the range is the arguments'
     words += _rounding_words(rounding("rounding_key", rounding_key))
     block, s, z = _learned_granularity(shape, scale, zero_point, ch_axis, "ch_axis")
     order = ["reciprocal", *(["shifted"] if zero_point is not None and zero_point.is_float else [])]
@@ -420,7 +427,7 @@ def everyday_lsq_plan(
         name for name in ("int8", "uint8", "int16", "uint16") if FORMATS[name].lo <= low <= high <= FORMATS[name].hi
     ]
     if not fitting:
-        raise ValueError(f"quant_min is {low} and quant_max is {high}; allowed: a range of at most 16 bits")
+        raise ValueError(f"quant_min is {low} and quant_max is {high}; allowed: a range within int16's or uint16's")
     words = (fitting[0], f"min={low}", f"max={high}", *_rounding_words(rounding_name))
     block, s, z = _learned_granularity(shape, scale, zero_point, axis, "axis")
     return LearnPlan(OpSpec(words, block), OpSpec(words, block), s, z)
@@ -433,10 +440,10 @@ def _learned_granularity(
         s = _expect_one("scale", scale.shape, shape)
         z = None if zero_point is None else _expect_one("zero_point", zero_point.shape, shape)
         return (0,) * len(shape), s, z
-    try:
-        at = normal_axis(axis, len(shape), "x")
-    except ValueError as error:
-        raise ValueError(str(error).replace("axis", name, 1)) from None
+    at = as_int(name, axis)
+    if not -len(shape) <= at < len(shape):
+        raise ValueError(f"{name} is {at}; x has {len(shape)} axes, allowed: {-len(shape)} to {len(shape) - 1}")
+    at %= len(shape)
     if prod(scale.shape) != shape[at]:
         raise ValueError(f"scale has shape {scale.shape}; per channel on axis {at} of {shape} allows ({shape[at]},)")
     s = _per_channel("scale", scale.shape, shape, at)
@@ -445,7 +452,7 @@ def _learned_granularity(
 
 
 def tqt_plan(shape: Shape, log_threshold: Given, zero_point: Given | None, round_mode: int | None) -> LearnPlan:
-    """Plan the documented tqt_quantize of ``inputs`` of this shape."""
+    """Plan the documented tqt_quantize of ``inputs`` of this shape. The core takes the range from the domain."""
     return _tqt(shape, log_threshold, zero_point, rounding("round_mode", round_mode), ["int8", "ieee"], ["reciprocal"])
 
 

@@ -195,8 +195,7 @@ def normal_axis(axis: int, rank: int, name: str = "x") -> int:
 def block_of(spec: QuantSpec, shape: Shape) -> Shape:
     """Return the normal form of a granularity for data of this shape."""
     rank = len(shape)
-    if rank > _core.MAX_RANK:
-        raise ValueError(f"x has {rank} dimensions; at most {_core.MAX_RANK} are supported")
+    expect_rank("x", rank)
     block = [0] * rank
     match spec.granularity:
         case PerTensor():
@@ -270,6 +269,18 @@ def expect_float(name: str, dtype: str) -> None:
     """Raise TypeError unless the dtype is one of the data dtypes."""
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join(FLOAT_DTYPES)}")
+
+
+def expect_rank(name: str, rank: int) -> None:
+    """Raise ValueError where a tensor has more axes than the core takes."""
+    if rank > _core.MAX_RANK:
+        raise ValueError(f"{name} has {rank} dimensions; at most {_core.MAX_RANK} are supported")
+
+
+def expect_number(dtype: str, name: str) -> None:
+    """Raise TypeError unless one element of this dtype is a real number."""
+    if dtype not in (*FLOAT_DTYPES, *INTEGER_DTYPES):
+        raise TypeError(f"{name} has dtype {dtype}; allowed: {', '.join((*FLOAT_DTYPES, *INTEGER_DTYPES))}")
 
 
 def expect_scale(dtype: str, name: str = "scale") -> None:

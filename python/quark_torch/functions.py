@@ -28,8 +28,10 @@ def check_tensor(name: str, x: object, allowed: str = "a torch.Tensor") -> torch
     """Return ``x``. Raises TypeError unless it is a dense tensor."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: {allowed}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} has layout {x.layout}; allowed: torch.strided (dense)")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else x.layout
+        raise TypeError(f"{name} has layout {layout}; allowed: torch.strided (dense)")
+    schema.expect_rank(name, x.dim())
     return x
 
 
@@ -79,7 +81,7 @@ def _scales(
     scale = scale.reshape(schema.scale_argument_shape("scale", tuple(scale.shape), spec, op_spec, shape)).float()
     if zero_point is not None:
         normal = schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, op_spec, shape)
-        zero_point = zero_point.reshape(normal).to(torch.int32)
+        zero_point = _int32(zero_point.reshape(normal))
     return scale, zero_point
 
 
@@ -95,7 +97,9 @@ def number_tensor(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     """Return a number, or a tensor of one element and any real dtype, as a 0-d float32 tensor beside ``like``."""
     if isinstance(value, numbers.Real):
         return _float32(name, value, like)
-    documented.expect_single(name, tuple(check_tensor(name, value, NUMBER).shape))
+    value = check_tensor(name, value, NUMBER)
+    schema.expect_number(dtype_name(value.dtype), name)
+    documented.expect_single(name, tuple(value.shape))
     return _beside(name, value, like).detach().reshape(()).to(torch.float32)
 
 
@@ -110,7 +114,14 @@ def zero_point_tensor(zero_point: Any, like: torch.Tensor) -> torch.Tensor | Non
         return _float32("zero_point", zero_point, like)
     zero_point = _beside("zero_point", check_tensor("zero_point", zero_point, NUMBER), like)
     schema.expect_zero_point(dtype_name(zero_point.dtype))
-    return zero_point.detach().to(torch.float32 if zero_point.is_floating_point() else torch.int32)  # type: ignore[no-any-return]
+    return zero_point.detach().float() if zero_point.is_floating_point() else _int32(zero_point.detach())
+
+
+def _int32(zero_point: torch.Tensor) -> torch.Tensor:
+    """An integer zero point as int32; what is beyond saturates."""
+    if zero_point.dtype == torch.int64:
+        zero_point = zero_point.clamp(-(2**31), 2**31 - 1)
+    return zero_point.to(torch.int32)
 
 
 def _beside(name: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -390,7 +401,7 @@ def lsq_quantize(
     plan = documented.everyday_lsq_plan(tuple(x.shape), given(s), given(z), quant_min, quant_max, axis, rounding)
     factor = documented.grad_factor(x.numel(), s.numel(), quant_max) if grad_factor is None else grad_factor
     number = number_tensor("grad_factor", factor, x)
-    return _Learned.apply(x, scale, number, z, "lsq", plan)  # type: ignore[no-any-return,no-untyped-call]
+    return _Learned.apply(x, scale, s, number, z, "lsq", plan)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def tqt_quantize(
@@ -429,7 +440,7 @@ def tqt_quantize(
     t, z = scale_tensor("log_threshold", log_threshold, x), zero_point_tensor(zero_point, x)
     plan, domain = documented.everyday_tqt_plan(tuple(x.shape), given(t), given(z), bits, rounding)
     number = number_tensor("domain", domain, x)
-    return _Learned.apply(x, log_threshold, number, z, "tqt", plan)  # type: ignore[no-any-return,no-untyped-call]
+    return _Learned.apply(x, log_threshold, t, number, z, "tqt", plan)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def pack(codes: torch.Tensor, bits: int, axis: int = -1) -> torch.Tensor:
@@ -574,12 +585,16 @@ def learn_forward(
     kind: str,
     x: torch.Tensor,
     parameter: Any,
+    value: torch.Tensor,
     number: torch.Tensor,
     zero_point: torch.Tensor | None,
     plan: LearnPlan,
 ) -> torch.Tensor:
-    """Compute a fake quantization whose ``parameter`` learns: ``kind`` is lsq (a scale) or tqt (a threshold)."""
-    p, z = arrange(scale_tensor("scale", parameter, x), plan.scale), arrange(zero_point, plan.zero_point)
+    """Compute a fake quantization whose ``parameter`` learns: ``kind`` is lsq (a scale) or tqt (a threshold).
+
+    ``value`` is the parameter as ``scale_tensor`` returns it.
+    """
+    p, z = arrange(value, plan.scale), arrange(zero_point, plan.zero_point)
     ctx.kind, ctx.spec = kind, plan.backward
     is_tensor = isinstance(parameter, torch.Tensor)
     ctx.parameter = (parameter.shape, parameter.dtype) if is_tensor else None
@@ -605,14 +620,15 @@ class _Learned(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         parameter: Any,
+        value: torch.Tensor,
         number: torch.Tensor,
         zero_point: torch.Tensor | None,
         kind: str,
         plan: LearnPlan,
     ) -> torch.Tensor:
-        return learn_forward(ctx, kind, x, parameter, number, zero_point, plan)
+        return learn_forward(ctx, kind, x, parameter, value, number, zero_point, plan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return *learn_backward(ctx, grad), None, None, None, None
+        return *learn_backward(ctx, grad), None, None, None, None, None

@@ -389,7 +389,7 @@ class NonScaledFakeQuantizeFunction(Function):
     ) -> torch.Tensor:
         """Compute ``non_scaled_fake_quantize(...)``."""
         x = check_data("input_tensor", input_tensor)
-        spec, _ = documented.block_plan(quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
+        spec = documented.block_plan(quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
         return call("fake_quantize_dynamic", [x], spec)[0]  # type: ignore[no-any-return]
 
     @staticmethod
@@ -474,7 +474,7 @@ class TQTQuantize(Function):
         plan = documented.tqt_plan(tuple(x.shape), given(t), given(z), round_mode)
         documented.expect_domain(domain)
         number = number_tensor("domain", domain, x)
-        return learn_forward(ctx, "tqt", x, log_threshold, number, z, plan)
+        return learn_forward(ctx, "tqt", x, log_threshold, t, number, z, plan)
 
     @staticmethod
     @once_differentiable
@@ -503,7 +503,7 @@ class LSQQuantize(Function):
         s, z = scale_tensor("scale", scale, x), zero_point_tensor(zero_point, x)
         plan = documented.lsq_plan(tuple(x.shape), given(s), given(z), quant_min, quant_max, ch_axis, rounding_key)
         number = number_tensor("grad_factor", grad_factor, x)
-        return learn_forward(ctx, "lsq", x, scale, number, z, plan)
+        return learn_forward(ctx, "lsq", x, scale, s, number, z, plan)
 
     @staticmethod
     @once_differentiable
