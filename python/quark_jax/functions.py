@@ -337,7 +337,7 @@ def choose_qparams(
     x = check_data("x", x)
     one_of("method", method, schema.METHODS)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
-    s, *z = [_public(a, whole) for a in _choose_qparams(x, op_spec)]
+    s, *z = [_public(a, whole) for a in choose(x, op_spec)]
     return s, z[0] if z else None
 
 
@@ -486,7 +486,8 @@ def _along_last(name: str, codes: jax.Array, axis: int, spec: OpSpec) -> jax.Arr
 
 
 @partial(jax.jit, static_argnums=1)
-def _choose_qparams(x: jax.Array, spec: OpSpec) -> list[jax.Array]:
+def choose(x: jax.Array, spec: OpSpec) -> list[jax.Array]:
+    """Return dynamic scales, and zero points where the spec is asymmetric, in normal form."""
     return call("choose_qparams", [jax.lax.stop_gradient(x)], spec)
 
 

@@ -30,6 +30,7 @@ from quark_jax.functions import (
     arrange,
     check_array,
     check_data,
+    choose,
     converted,
     given,
     learned,
@@ -286,14 +287,9 @@ def non_scaled_real_quantize(
     x = check_data("input_tensor", input_tensor)
     plan = documented.slot_plan(quant_dtype, x.shape, mx_element_dtype, axis, block_size)
     blocks = x.reshape(plan.split)
-    (scale,) = _choose(blocks, plan.spec)
+    (scale,) = choose(blocks, plan.spec)
     values = _passing("quantize_values", blocks, scale, None, plan.spec)
     return jnp.concatenate([scale, values], axis=plan.axis).reshape(plan.result)
-
-
-@partial(jax.jit, static_argnums=1)
-def _choose(x: jax.Array, spec: OpSpec) -> list[jax.Array]:
-    return call("choose_qparams", [jax.lax.stop_gradient(x)], spec)
 
 
 # ---- learned scales --------------------------------------------------------------------------------------------------
