@@ -153,7 +153,8 @@ QUARK_INLINE void with_type(DType dtype, F&& f) {
     case DType::float8_e4m3fn:
     case DType::float8_e5m2:
     case DType::float8_e4m3fnuz:
-    case DType::float8_e5m2fnuz: return f(static_cast<Stored<uint8_t>*>(nullptr));
+    case DType::float8_e5m2fnuz:
+    case DType::float8_e8m0fnu: return f(static_cast<Stored<uint8_t>*>(nullptr));
   }
 }
 
@@ -239,27 +240,108 @@ struct TileScales {
   bool uniform;  ///< one entry serves the whole tile
 };
 
+/// What a call knows of its scales: the tensors of ops.inc's letters s, g, p and z; absent ones are null.
+struct ScaleTensors {
+  const TensorView* scale;
+  const TensorView* tensor_scale = nullptr;
+  const TensorView* pair_bits = nullptr;
+  const TensorView* zero_point = nullptr;
+};
+
+/// The one element of a float32 tensor.
+QUARK_INLINE float element_of(const TensorView& t) { return *static_cast<const float*>(t.data); }
+
+/// Scales as the float32 numbers that elements are divided by, whatever the dtype they are stored in.
+class ScaleReader {
+ public:
+  ScaleReader(const TensorView& scale, const Walk& walk, const TensorView* tensor_scale, const QuantSpec& spec)
+      : data_(scale, walk),
+        e4m3_(make_grid(e4m3_spec())),
+        tensor_scale_(tensor_scale),
+        shift_(spec.shares_exponent() ? make_grid(spec).code_exponent : 0),
+        offset_(scale.dtype == DType::int8 ? 127 : 0),
+        is_number_(bytes_of_element(scale.dtype) > 1) {}
+
+  const Walk& walk() const { return data_.walk; }
+
+  /// Entries [begin, begin + count) of the walk.
+  QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
+    if (is_number_) return data_.load(begin, count, buffer);
+    const auto* codes = static_cast<const uint8_t*>(data_.view.data);
+    data_.walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+      float* to = buffer + position;
+      if (stride == 0) {
+        const float s = decode_code(codes[offset]);
+        for (int64_t i = 0; i < n; ++i) to[i] = s;
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = decode_code(codes[offset + i * stride]);
+      }
+    });
+    return buffer;
+  }
+
+  static QuantSpec e4m3_spec() {
+    QuantSpec spec;
+    spec.format = e4m3_format();
+    return spec;
+  }
+
+ private:
+  static int64_t bytes_of_element(DType dtype) {
+    return dtype == DType::int8 || dtype == DType::float8_e8m0fnu || dtype == DType::float8_e4m3fn ? 1 : 2;
+  }
+
+  QUARK_INLINE float decode_code(uint8_t code) const {
+    if (tensor_scale_) return decode(code, e4m3_, 8) * element_of(*tensor_scale_);
+    return decode_e8m0(uint8_t(code + offset_), shift_);
+  }
+
+  Data data_;
+  Grid e4m3_;
+  const TensorView* tensor_scale_;  ///< of scales that are E4M3 codes
+  int32_t shift_;                   ///< the scale is 2^shift times the stored power of two
+  uint8_t offset_;                  ///< from an exponent to its E8M0 code
+  bool is_number_;
+};
+
+/// The walk of pair bits over the elements that they belong to; they have the data's axes, the block's one shorter.
+inline Walk pair_walk(const TensorView& bits, const int64_t* shape, int axis) {
+  Walk w;
+  for (int d = 0; d < bits.rank; ++d) w.push(shape[d], bits.strides[d], d == axis ? kPairByte : 1);
+  return w;
+}
+
 class Scales {
  public:
-  Scales(const TensorView& scale, const TensorView* zero_point, const int64_t* shape, const QuantSpec& spec)
-      : scale_(scale, scale_walk(scale, shape, spec)),
-        zero_(zero_point ? *zero_point : scale, scale_walk(zero_point ? *zero_point : scale, shape, spec)),
-        has_zero_(zero_point != nullptr) {}
+  Scales(const ScaleTensors& tensors, const int64_t* shape, const QuantSpec& spec)
+      : scale_(*tensors.scale, scale_walk(*tensors.scale, shape, spec), tensors.tensor_scale, spec),
+        zero_(zero_or_scale(tensors), scale_walk(zero_or_scale(tensors), shape, spec)),
+        has_zero_(tensors.zero_point != nullptr) {
+    if (!tensors.pair_bits) return;
+    const int axis = spec.block_axis();
+    pair_bits_ = static_cast<const uint8_t*>(tensors.pair_bits->data);
+    pairs_ = pair_walk(*tensors.pair_bits, shape, axis);
+    length_ = shape[axis];
+    for (int d = axis + 1; d < spec.rank; ++d) inner_ *= shape[d];
+  }
 
   bool has_zero_points() const { return has_zero_; }
 
   /// Fills the tile's entries into the buffers.
   QUARK_INLINE TileScales load(int64_t begin, int64_t count, float* s, float* z) const {
-    const bool uniform = is_uniform(scale_.walk, begin, count) && (!has_zero_ || is_uniform(zero_.walk, begin, count));
+    const bool uniform =
+        !pair_bits_ && is_uniform(scale_.walk(), begin, count) && (!has_zero_ || is_uniform(zero_.walk, begin, count));
     const int64_t n = uniform ? 1 : count;
-    if (!has_zero_) {
-      for (int64_t i = 0; i < n; ++i) z[i] = 0.0f;
-      return {scale_.load(begin, n, s), z, uniform};
-    }
-    return {scale_.load(begin, n, s), zero_.load(begin, n, z), uniform};
+    const float* scales = scale_.load(begin, n, s);
+    if (pair_bits_) scales = halve_pairs(begin, count, scales, s);
+    if (has_zero_) return {scales, zero_.load(begin, n, z), uniform};
+    for (int64_t i = 0; i < n; ++i) z[i] = 0.0f;
+    return {scales, z, uniform};
   }
 
  private:
+  static const TensorView& zero_or_scale(const ScaleTensors& t) { return t.zero_point ? *t.zero_point : *t.scale; }
+
   static QUARK_INLINE bool is_uniform(const Walk& walk, int64_t begin, int64_t count) {
     if (walk.rank == 0) return true;
     const int last = walk.rank - 1;
@@ -269,74 +351,135 @@ class Scales {
     return b == 1 ? walk.stride[last] == 0 : index / b == (index + count - 1) / b;
   }
 
-  Data scale_, zero_;
+  /// Halves the scales of the pairs whose bit is set.
+  QUARK_INLINE const float* halve_pairs(int64_t begin, int64_t count, const float* scales, float* to) const {
+    pairs_.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+      const int64_t along = (begin + position) / inner_ % length_, step = inner_ == 1 && length_ > 1 ? 1 : 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t bit = (along + i * step) % kPairByte / 2;
+        const bool is_half = (pair_bits_[offset + i * stride] >> bit & 1) != 0;
+        to[position + i] = scales[position + i] * (is_half ? 0.5f : 1.0f);
+      }
+    });
+    return to;
+  }
+
+  ScaleReader scale_;
+  Data zero_;
   bool has_zero_;
+  Walk pairs_;
+  const uint8_t* pair_bits_ = nullptr;
+  int64_t length_ = 1, inner_ = 1;  ///< of the block's axis: its length, and the elements from one index to the next
+};
+
+// ---- random numbers -----------------------------------------------------------------------------------------------
+
+/// The random word of every element: word i % 4 of Philox's block i / 4, i being the flat index.
+class Random {
+ public:
+  /// `key`: int32 words, low and high; null where nothing is random.
+  explicit Random(const TensorView* key) : has_key_(key != nullptr) {
+    if (!key) return;
+    const auto* words = static_cast<const uint32_t*>(key->data);
+    key_ = uint64_t(words[0]) | uint64_t(words[key->strides[0]]) << 32;
+  }
+
+  /// Room for a tile's words, which may begin within a block.
+  static constexpr int64_t kBuffer = kTile + 4;
+
+  QUARK_INLINE const uint32_t* load(int64_t begin, int64_t count, uint32_t* buffer) const {
+    if (!has_key_) return buffer;
+    const auto first = uint64_t(begin / 4);
+    const int64_t skip = begin % 4, blocks = (skip + count + 3) / 4;
+    const uint64_t key = key_;
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < blocks; ++i) {
+      const RandomWords r = philox(first + uint64_t(i), key);
+      buffer[4 * i] = r.word[0];
+      buffer[4 * i + 1] = r.word[1];
+      buffer[4 * i + 2] = r.word[2];
+      buffer[4 * i + 3] = r.word[3];
+    }
+    return buffer + skip;
+  }
+
+ private:
+  uint64_t key_ = 0;
+  bool has_key_;
 };
 
 // ---- the elementwise loops ----------------------------------------------------------------------------------------
 
-// What a loop does with one element. `other` is the second data operand, where there is one: a gradient, or the partner
-// in a pair. kOrders: the body serves every order of computing, not just that of the everyday functions; kPairs: and
-// shared exponents.
+// What a loop does with one element. `other` is the second data operand, where there is one: a gradient. kOrders: the
+// body serves every order of computing, not just that of the everyday functions; kFinite: and Arithmetic::finite;
+// kRounds: it rounds.
 
 struct QuantizeBody {
-  static constexpr bool kOrders = true, kPairs = false;
+  static constexpr bool kOrders = true, kFinite = false, kRounds = true;
   template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float x, float, float s, float z, float, const Grid& g) {
-    return quantize_value<A, R>(x, s, z, g);
+  static QUARK_INLINE float apply(float x, float, float s, float z, float, uint32_t random, const Grid& g) {
+    return quantize_value<A, R>(x, s, z, random, g);
   }
 };
 
 struct FakeQuantizeBody {
-  static constexpr bool kOrders = true, kPairs = true;
+  static constexpr bool kOrders = true, kFinite = true, kRounds = true;
   template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float x, float other, float s, float z, float limit, const Grid& g) {
-    if constexpr (A == Arithmetic::shared_exponent) return shared_exponent_value<R>(x, other, s, limit, g);
-    return fake_quantize_value<A, R>(x, s, z, limit, g);
+  static QUARK_INLINE float apply(float x, float, float s, float z, float limit, uint32_t random, const Grid& g) {
+    if constexpr (A == Arithmetic::finite) return fake_quantize_finite<R>(x, s, limit, g);
+    return fake_quantize_value<A, R>(x, s, z, limit, random, g);
   }
 };
 
 struct FakeQuantizeBackwardBody {
-  static constexpr bool kOrders = false;
+  static constexpr bool kOrders = false, kFinite = false, kRounds = true;
   template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float x, float other, float s, float z, float, const Grid& g) {
-    return is_inside<A, R>(x, s, z, g) ? other : 0.0f;
+  static QUARK_INLINE float apply(float x, float other, float s, float z, float, uint32_t random, const Grid& g) {
+    return is_inside<A, R>(x, s, z, random, g) ? other : 0.0f;
   }
 };
 
 struct DequantizeBody {
-  static constexpr bool kOrders = false;
+  static constexpr bool kOrders = false, kFinite = false, kRounds = false;
   template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float y, float, float s, float z, float limit, const Grid&) {
+  static QUARK_INLINE float apply(float y, float, float s, float z, float limit, uint32_t, const Grid&) {
     return dequantize_value<A>(y, s, z, limit);
   }
 };
 
-using TileLoop = void (*)(const float* x, const float* other, float* out, int64_t n, const TileScales&, float limit,
-                          const Grid&);
+using TileLoop = void (*)(const float* x, const float* other, const uint32_t* random, float* out, int64_t n,
+                          const TileScales&, float limit, const Grid&);
 
 template <class Body, Arithmetic A, Rounding R>
-void tile_loop(const float* x, const float* other, float* out, int64_t n, const TileScales& scales, float limit,
-               const Grid& grid) {
+void tile_loop(const float* x, const float* other, const uint32_t* random, float* out, int64_t n,
+               const TileScales& scales, float limit, const Grid& grid) {
+  constexpr bool kIsRandom = R == Rounding::stochastic;
   const Grid g = grid;  // a copy that no store can alias
   if (scales.uniform) {
     const float s = scales.s[0], z = scales.z[0];
     QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<A, R>(x[i], other[i], s, z, limit, g);
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = Body::template apply<A, R>(x[i], other[i], s, z, limit, kIsRandom ? random[i] : 0u, g);
   } else {
     const float *s = scales.s, *z = scales.z;
     QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<A, R>(x[i], other[i], s[i], z[i], limit, g);
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = Body::template apply<A, R>(x[i], other[i], s[i], z[i], limit, kIsRandom ? random[i] : 0u, g);
   }
 }
 
+/// The loop for a rounding. The orders of the documented functions don't go with stochastic rounding.
 template <class Body, Arithmetic A>
 TileLoop tile_loop_for(Rounding rounding) {
+  if constexpr (!Body::kRounds) return tile_loop<Body, A, Rounding::half_even>;
+  constexpr bool kMayBeRandom = A == Arithmetic::integer || A == Arithmetic::affine || A == Arithmetic::minifloat;
   switch (rounding) {
 #define QUARK_ROUNDING(name) \
   case Rounding::name: return tile_loop<Body, A, Rounding::name>;
-    QUARK_ROUNDINGS(QUARK_ROUNDING)
+    QUARK_FIXED_ROUNDINGS(QUARK_ROUNDING)
 #undef QUARK_ROUNDING
+    case Rounding::stochastic:
+      if constexpr (kMayBeRandom) return tile_loop<Body, A, Rounding::stochastic>;
   }
   return nullptr;
 }
@@ -349,8 +492,8 @@ TileLoop tile_loop_for(const QuantSpec& spec, DType data, bool has_zero_point) {
   if (f.storage == DType::float16) return tile_loop<Body, Arithmetic::float16, kNearest>;
   if (f.storage == DType::bfloat16) return tile_loop<Body, Arithmetic::bfloat16, kNearest>;
   if constexpr (Body::kOrders) {
-    if constexpr (Body::kPairs)
-      if (spec.shares_exponent()) return tile_loop<Body, Arithmetic::shared_exponent, kNearest>;
+    if constexpr (Body::kFinite)
+      if (spec.shares_exponent() && spec.ieee) return tile_loop<Body, Arithmetic::finite, kNearest>;
     if (spec.narrow && data == DType::float16) return tile_loop<Body, Arithmetic::minifloat_float16, kNearest>;
     if (spec.narrow && data == DType::bfloat16) return tile_loop<Body, Arithmetic::minifloat_bfloat16, kNearest>;
     if (spec.reciprocal && spec.shifted) return tile_loop_for<Body, Arithmetic::reciprocal_shifted>(spec.rounding);

@@ -97,12 +97,22 @@ struct Grid {
   uint32_t nan, nan_sign;  ///< quantized NaN: these bits, with the input's sign where nan_sign is kSign
   uint32_t nan_code;       ///< the code written for NaN, but for the sign
   uint32_t nan_from, inf_at;  ///< read: magnitude codes that are NaN (from here up), and infinity
-  // Shared exponents:
-  int32_t code_exponent;   ///< a code of a block with exponent E is worth 2^(E + code_exponent)
+  // Scales:
+  float top;               ///< where the largest magnitude of a group lands
+  uint32_t up_above;       ///< powers of two: amax with a greater fraction than this one takes the next exponent
+  int32_t code_exponent;   ///< shared exponents: a code of a block with exponent E is worth 2^(E + code_exponent)
   int32_t least_exponent;  ///< E of a block of zeros and (of x's dtype) subnormals
-  float pair_below;        ///< times the block's scale: pairs below it have half the scale; 0: there are no pairs
-  uint32_t non_finite;     ///< mask of what stays of infinities and NaN
+  uint32_t non_finite;     ///< mask of what stays of infinities and NaN that don't count
 };
+
+/// The ScaleRule as Grid::up_above.
+QUARK_INLINE uint32_t up_above(ScaleRule rule, uint32_t mantissa, float top) {
+  constexpr uint32_t kOne = 1u << 23;
+  if (rule == ScaleRule::ceil) return 0;
+  if (rule == ScaleRule::even) return kOne - (kOne >> (mantissa + 1)) - 1;
+  if (rule == ScaleRule::rceil) return bits_of(top) & (kOne - 1);
+  return kOne;
+}
 
 /// `data` is the dtype that x has.
 QUARK_INLINE Grid make_grid(const QuantSpec& spec, DType data = DType::float32) {
@@ -123,17 +133,29 @@ QUARK_INLINE Grid make_grid(const QuantSpec& spec, DType data = DType::float32) 
   g.nan_from = g.inf_at = kNever;
   if (f.specials == Specials::nan) g.nan_from = top;
   if (f.specials == Specials::ieee) g.inf_at = top - ((1u << f.mantissa_bits) - 1u), g.nan_from = g.inf_at + 1;
-  const bool has_pairs = spec.scale_format == ScaleFormat::microexponents;
+  g.top = spec.scale_format == ScaleFormat::global ? g.hi * e4m3_format().hi : g.hi;
+  g.up_above = up_above(spec.scale_rule, f.is_integer() ? uint32_t(exponent_field(bits_of(g.hi))) : g.mantissa, g.top);
   g.code_exponent = 2 - f.bits;
-  g.least_exponent = !has_pairs ? -149 - g.code_exponent : data == DType::float16 ? -15 : -127;
-  g.pair_below = has_pairs ? power_of_two(-g.code_exponent) : 0.0f;
-  g.non_finite = has_pairs ? ~0u : 0u;
+  g.least_exponent = spec.scale_rule == ScaleRule::fit ? -149 - g.code_exponent
+                     : !spec.has_pairs()               ? -126
+                     : data == DType::float16          ? -15
+                                                       : -127;
+  g.non_finite = spec.has_pairs() ? ~0u : 0u;
   return g;
 }
 
+/// floor(f * 2^32), f in [0, 1): in halves, as there is no conversion to unsigned everywhere.
+QUARK_INLINE uint32_t fraction_bits(float f) {
+  const float scaled = f * 0x1p16f;
+  const int32_t high = int32_t(scaled);
+  const int32_t low = int32_t((scaled - float(high)) * 0x1p16f);
+  return uint32_t(high) << 16 | uint32_t(low);
+}
+
 /// Rounds |t| to an integer: the magnitude of R(t), t = ±m. Exact for every finite m (from 2^23 up it is one already).
+/// `random` decides where R is stochastic.
 template <Rounding R>
-QUARK_INLINE float round_magnitude(float m, bool negative) {
+QUARK_INLINE float round_magnitude(float m, bool negative, uint32_t random) {
   const float nearest = m < 0x1p23f ? (m + 0x1p23f) - 0x1p23f : m;
   if constexpr (R == Rounding::half_even) return nearest;
   const float down = nearest - (nearest > m ? 1.0f : 0.0f);
@@ -141,6 +163,7 @@ QUARK_INLINE float round_magnitude(float m, bool negative) {
   if constexpr (R == Rounding::toward_zero) return down;
   if constexpr (R == Rounding::floor) return negative ? up : down;
   if constexpr (R == Rounding::ceil) return negative ? down : up;
+  if constexpr (R == Rounding::stochastic) return random < fraction_bits(m < 0x1p23f ? m - down : 0.0f) ? up : down;
   // Never add 0.5: 0.49999997 + 0.5 is 1.
   const float away = m - down >= 0.5f ? up : down;
   if constexpr (R == Rounding::half_away) return away;
@@ -150,20 +173,20 @@ QUARK_INLINE float round_magnitude(float m, bool negative) {
 
 /// R(t) for an integer grid. -0 may result.
 template <Rounding R>
-QUARK_INLINE float round_to_integer(float t) {
-  return float_of(bits_of(round_magnitude<R>(magnitude(t), sign_of(t) != 0)) | sign_of(t));
+QUARK_INLINE float round_to_integer(float t, uint32_t random = 0) {
+  return float_of(bits_of(round_magnitude<R>(magnitude(t), sign_of(t) != 0, random)) | sign_of(t));
 }
 
 /// The same for |t| < 2^22: one anchor serves both signs.
 template <Rounding R>
-QUARK_INLINE float round_small_to_integer(float t) {
+QUARK_INLINE float round_small_to_integer(float t, uint32_t random) {
   if constexpr (R == Rounding::half_even) return (t + 0x1.8p23f) - 0x1.8p23f;
-  return round_to_integer<R>(t);
+  return round_to_integer<R>(t, random);
 }
 
 /// R(v) on a float grid, for |v| at most 4 * g.hi. The sign of zero is that of v. NaN: unspecified bits.
 template <Rounding R>
-QUARK_INLINE float round_to_grid(float v, const Grid& g) {
+QUARK_INLINE float round_to_grid(float v, uint32_t random, const Grid& g) {
   const float m = magnitude(v);
   const uint32_t exponent = bits_of(v) & kInfinity;
   const uint32_t e = exponent > g.min_exp ? exponent : g.min_exp;
@@ -175,7 +198,7 @@ QUARK_INLINE float round_to_grid(float v, const Grid& g) {
   } else {
     const float spacing = float_of(e - (g.mantissa << 23));
     const float inverse = float_of((254u << 23) - (e - (g.mantissa << 23)));
-    r = round_magnitude<R>(m * inverse, sign_of(v) != 0) * spacing;
+    r = round_magnitude<R>(m * inverse, sign_of(v) != 0, random) * spacing;
   }
   return float_of(bits_of(r) | sign_of(v)) + g.plus_zero;
 }
@@ -189,7 +212,7 @@ enum class Arithmetic : uint8_t {
   shifted,             ///< R(v + z)
   reciprocal,          ///< affine, with v = x * (1 / s)
   reciprocal_shifted,  ///< shifted, with v = x * (1 / s)
-  shared_exponent,     ///< R(v), scales halved for some pairs
+  finite,              ///< R(v), infinities and NaN apart: shared exponents that they don't count in
   minifloat,           ///< R(v) on a float grid
   minifloat_float16,   ///< the same, with v rounded to float16
   minifloat_bfloat16,  ///< the same, with v rounded to bfloat16
@@ -219,11 +242,11 @@ QUARK_INLINE float quotient(float x, float s) {
 /// Integers: clamp(R(v) + z, lo, hi) or clamp(R(v + z), lo, hi), others: R(clamp(v, lo, hi)). NaN: NaN where the
 /// format has one, else the code of zero.
 template <Arithmetic A, Rounding R>
-QUARK_INLINE float quantize_value(float x, float s, float z, const Grid& g) {
+QUARK_INLINE float quantize_value(float x, float s, float z, uint32_t random, const Grid& g) {
   const float v = quotient<A>(x, s);
   if constexpr (A == Arithmetic::integer) {
     const float t = is_nan(v) ? float_of(g.nan) : v;
-    return round_small_to_integer<R>(clamp(t, g.lo, g.hi)) + 0.0f;  // -0 becomes +0
+    return round_small_to_integer<R>(clamp(t, g.lo, g.hi), random) + 0.0f;  // -0 becomes +0
   }
   if constexpr (adds_before(A)) {
     const float t = (is_nan(v) ? float_of(g.nan) : v) + z;
@@ -231,10 +254,10 @@ QUARK_INLINE float quantize_value(float x, float s, float z, const Grid& g) {
   }
   if constexpr (has_zero(A)) {
     const float t = is_nan(v) ? float_of(g.nan) : v;
-    return clamp(round_to_integer<R>(t) + z, g.lo, g.hi);
+    return clamp(round_to_integer<R>(t, random) + z, g.lo, g.hi);
   }
   float y = v;
-  if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, g.lo, g.hi), g);
+  if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, g.lo, g.hi), random, g);
   if constexpr (A == Arithmetic::float16) y = from_float16(to_float16(v));
   if constexpr (A == Arithmetic::bfloat16) y = from_bfloat16(to_bfloat16(v));
   return is_nan(v) ? float_of(g.nan | (sign_of(x) & g.nan_sign)) : y;
@@ -243,14 +266,14 @@ QUARK_INLINE float quantize_value(float x, float s, float z, const Grid& g) {
 /// Whether the clipped gradient passes: R(v) (integers: R(v) + z), on the grid continued past its ends, is inside
 /// [lo, hi]. NaN isn't.
 template <Arithmetic A, Rounding R>
-QUARK_INLINE bool is_inside(float x, float s, float z, const Grid& g) {
+QUARK_INLINE bool is_inside(float x, float s, float z, uint32_t random, const Grid& g) {
   const float v = quotient<A>(x, s);
   if constexpr (A == Arithmetic::integer || A == Arithmetic::affine) {
-    const float q = round_to_integer<R>(v) + z;
+    const float q = round_to_integer<R>(v, random) + z;
     return q >= g.lo && q <= g.hi;
   }
   float y = v;
-  if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, 4.0f * g.lo, 4.0f * g.hi), g);
+  if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, 4.0f * g.lo, 4.0f * g.hi), random, g);
   if constexpr (A == Arithmetic::float16) y = from_float16(to_float16(v));
   if constexpr (A == Arithmetic::bfloat16) y = from_bfloat16(to_bfloat16(v));
   return !is_nan(v) && y >= g.lo && y <= g.hi;
@@ -272,22 +295,15 @@ QUARK_INLINE float dequantize_value(float y, float s, float z, float limit) {
 
 /// dequantize(quantize(x)), but NaN stays NaN in every format.
 template <Arithmetic A, Rounding R>
-QUARK_INLINE float fake_quantize_value(float x, float s, float z, float limit, const Grid& g) {
-  const float y = dequantize_value<A>(quantize_value<A, R>(x, s, z, g), s, z, limit);
+QUARK_INLINE float fake_quantize_value(float x, float s, float z, float limit, uint32_t random, const Grid& g) {
+  const float y = dequantize_value<A>(quantize_value<A, R>(x, s, z, random, g), s, z, limit);
   return is_nan(x) ? nan_like(x) : y;
 }
 
-/// One element of a block that shares an exponent, rounded: clamp(R(x / t), lo, hi) * t. t is the block's scale s, or
-/// half of it where x and its partner both lie below the block's power of two. (In a block of subnormals nothing does:
-/// their exponent fields are all the same.)
+/// The same in a block whose scale is that of its finite elements alone: the others pass through, or become 0.
 template <Rounding R>
-QUARK_INLINE float shared_exponent_value(float x, float partner, float s, float limit, const Grid& g) {
-  const float least = power_of_two(g.least_exponent + g.code_exponent);
-  const float below = s > least ? s * g.pair_below : 0.0f;
-  const float own = is_finite(x) ? magnitude(x) : 0.0f;
-  const float other = is_finite(partner) ? magnitude(partner) : 0.0f;
-  const float t = own < below && other < below ? s * 0.5f : s;
-  const float y = (round_small_to_integer<R>(clamp(x / t, g.lo, g.hi)) + 0.0f) * t;
+QUARK_INLINE float fake_quantize_finite(float x, float s, float limit, const Grid& g) {
+  const float y = (round_small_to_integer<R>(clamp(x / s, g.lo, g.hi), 0) + 0.0f) * s;
   const float kept = float_of((is_nan(x) ? bits_of(nan_like(x)) : bits_of(x)) & g.non_finite);
   const float finite = is_nan(y) ? nan_like(x) : clamp(y, -limit, limit);
   return is_finite(x) ? finite : kept;
@@ -358,21 +374,22 @@ QUARK_INLINE uint32_t below_zero(float x) { return bits_of(x) & ~kSign & uint32_
 QUARK_INLINE uint32_t above_zero(float x) { return bits_of(x) & ~kSign & ~uint32_t(int32_t(bits_of(x)) >> 31); }
 
 struct ScaleAndZero {
-  float scale;
-  int32_t zero_point;
+  float scale;         ///< the number that x is divided by
+  int32_t zero_point;  ///< 0 where symmetric
+  uint32_t code;       ///< the scale's code, where its format is not float32
 };
 
 QUARK_INLINE float at_least_normal(float s) { return s < float_of(kMinNormal) ? float_of(kMinNormal) : s; }
 
 /// The scale of a group from its extremes: `low` and `high` are bits of max(-x, 0) and max(x, 0).
-/// Symmetric: s = amax / hi. Asymmetric: s = (high + low) / (hi - lo), z = clamp(lo - RNE(-low / s)).
+/// Symmetric: s = amax / top. Asymmetric: s = (high + low) / (hi - lo), z = clamp(lo - RNE(-low / s)).
 /// All zero: 1. NaN or inf in the group: NaN. Never 0, subnormal or inf.
 QUARK_INLINE ScaleAndZero scale_from_bounds(uint32_t low, uint32_t high, bool symmetric, const Grid& g) {
   const uint32_t amax = low > high ? low : high;
   const float lo = float_of(low), hi = float_of(high);
   float s;
   if (symmetric) {
-    s = float_of(amax) / g.hi;
+    s = float_of(amax) / g.top;
   } else {
     const float steps = g.hi - g.lo, width = hi + lo;
     s = bits_of(width) == kInfinity ? hi / steps + lo / steps : width / steps;
@@ -380,7 +397,7 @@ QUARK_INLINE ScaleAndZero scale_from_bounds(uint32_t low, uint32_t high, bool sy
   }
   s = amax >= kInfinity ? float_of(kNaN) : amax == 0 ? 1.0f : at_least_normal(s);
   const float below = amax >= kInfinity ? 0.0f : round_to_integer<Rounding::half_even>(lo / s);
-  return {s, int32_t(symmetric ? 0.0f : clamp(g.lo + below, g.lo, g.hi))};
+  return {s, int32_t(symmetric ? 0.0f : clamp(g.lo + below, g.lo, g.hi)), 0};
 }
 
 // ---- power-of-two scales ------------------------------------------------------------------------------------------
@@ -390,28 +407,84 @@ QUARK_INLINE uint32_t magnitude_key(float x) { return bits_of(x) & ~kSign; }
 /// The same, but infinities and NaN count as 0.
 QUARK_INLINE uint32_t finite_key(float x) { return is_finite(x) ? magnitude_key(x) : 0u; }
 
+/// A magnitude with its exponent counted from -150, so that subnormals are normalized. Zero stays 0.
+QUARK_INLINE uint32_t normalized(uint32_t m) {
+  const uint32_t subnormal = m == 0 ? 0u : bits_of(float(int32_t(m))) - (126u << 23);
+  return m >= kMinNormal ? m + (23u << 23) : subnormal;
+}
+
 /// The exponent that x asks of its block, plus 150; 0 for zero. A positive x whose code would be rounded up past the
 /// last one, 2^(bits - 1) - 1, asks for the next exponent. Infinities and NaN count as 0.
 QUARK_INLINE uint32_t exponent_key(float x, const Grid& g) {
-  const uint32_t m = finite_key(x);
-  // Exponents from -149: subnormals are normalized by the conversion of their integer.
-  const uint32_t subnormal = m == 0 ? 0u : bits_of(float(int32_t(m))) - (126u << 23);
-  const uint32_t wide = m >= kMinNormal ? m + (23u << 23) : subnormal;
+  const uint32_t wide = normalized(finite_key(x));
   const uint32_t dropped = uint32_t(23 + g.code_exponent);  // bits - 1 significant bits stay
   const uint32_t rounded = wide + (1u << (dropped - 1)) - 1u + (((wide | kMinNormal) >> dropped) & 1u);
-  return (sign_of(x) || m == 0 ? wide : rounded) >> 23;
+  return (sign_of(x) || wide == 0 ? wide : rounded) >> 23;
 }
 
-/// E8M0's floor rule: 2^clamp(E - emax, -127, 127) with amax = 2^E * m, hi = 2^emax * m'. Zero: 2^-127. NaN or inf in
-/// the group: NaN. Subnormals have exponents below every clamp but that of emax = 0, where -127 is right as well.
-QUARK_INLINE float e8m0_scale(uint32_t amax, const Grid& g) {
-  const int32_t e = exponent_field(amax) - exponent_field(bits_of(g.hi));
-  return amax >= kInfinity ? float_of(kNaN) : power_of_two(e < -127 ? -127 : e > 127 ? 127 : e);
+/// Power-of-two scales are E8M0 codes: exponent + 127, and 255 for NaN. A block's own exponent is one too.
+inline constexpr uint32_t kNaNScale = 255;
+
+/// The value of an E8M0 code, times 2^shift.
+QUARK_INLINE float decode_e8m0(uint32_t code, int32_t shift) {
+  return code == kNaNScale ? float_of(kNaN) : power_of_two(int32_t(code) - 127 + shift);
 }
 
-/// The value of code 1 in a block with exponent E.
-QUARK_INLINE float exponent_scale(int32_t e, const Grid& g) {
-  return power_of_two((e < g.least_exponent ? g.least_exponent : e) + g.code_exponent);
+/// 2^clamp(E - emax, -127, 127) with amax = 2^E * m, top = 2^emax * m', and E one more where the rule says so. Zero:
+/// 2^-127. NaN or inf in the group: NaN.
+QUARK_INLINE ScaleAndZero e8m0_scale(uint32_t amax, const Grid& g) {
+  const uint32_t wide = normalized(amax);
+  const int32_t up = (wide & (kMinNormal - 1u)) > g.up_above ? 1 : 0;
+  const int32_t e = int32_t(wide >> 23) - 150 - exponent_field(bits_of(g.top)) + up;
+  const uint32_t code = amax >= kInfinity ? kNaNScale : uint32_t((e < -127 ? -127 : e > 127 ? 127 : e) + 127);
+  return {decode_e8m0(code, 0), 0, code};
+}
+
+/// The value of code 1 in a block with exponent E, or NaN.
+QUARK_INLINE ScaleAndZero exponent_scale(int32_t e, bool is_nan, const Grid& g) {
+  const int32_t least = e < g.least_exponent ? g.least_exponent : e;
+  return {is_nan ? float_of(kNaN) : power_of_two(least + g.code_exponent), 0,
+          is_nan ? kNaNScale : uint32_t(least + 127)};
+}
+
+/// Whether x lies below 2^E in a block of scale s = 2^(E + code_exponent). In a block of subnormals nothing does: their
+/// exponent fields are all the same. Infinities and NaN count as 0.
+QUARK_INLINE bool is_below_exponent(float x, float s, const Grid& g) {
+  const bool has_less = s > power_of_two(g.least_exponent + g.code_exponent);
+  return has_less && float_of(finite_key(x)) < s * power_of_two(-g.code_exponent);
+}
+
+// ---- E4M3 scales --------------------------------------------------------------------------------------------------
+
+/// The scale of a block, (amax / hi) / tensor_scale as an E4M3 number that is never 0, times tensor_scale.
+QUARK_INLINE ScaleAndZero e4m3_scale(uint32_t amax, float tensor_scale, const Grid& g, const Grid& e4m3) {
+  const float v = (float_of(amax) / g.top) / tensor_scale;
+  const float bounded = clamp(amax >= kInfinity ? float_of(kNaN) : v, 0x1p-9f, e4m3.hi);
+  const float rounded = round_to_grid<Rounding::half_even>(bounded, 0, e4m3);
+  const float block = is_nan(bounded) ? float_of(kNaN) : rounded;
+  return {is_nan(block) ? block : block * tensor_scale, 0, encode(block, e4m3, 8)};
+}
+
+// ---- random numbers -----------------------------------------------------------------------------------------------
+
+/// Four random words: Philox4x32-10 (Salmon et al., SC'11) with the counter (low, high, 0, 0).
+struct RandomWords {
+  uint32_t word[4];
+};
+
+QUARK_INLINE RandomWords philox(uint64_t counter, uint64_t key) {
+  uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(b);
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ bool same_view(const TensorView& a, const TensorView& b) {
 class Checker {
  public:
   Checker(const OpRow& row, Tensors in, Tensors out, const QuantSpec& spec)
-      : row_(row), in_(in), out_(out), spec_(spec) {}
+      : row_(row), ins_(letters(row.ins, spec)), outs_(letters(row.outs, spec)), in_(in), out_(out), spec_(spec) {}
 
   Status check() {
     if (Status s = check_counts(); !s.ok()) return s;
@@ -87,28 +87,34 @@ class Checker {
     // From here on shapes can be computed with.
     if (Status s = find_logical_shape(); !s.ok()) return s;
     for (size_t i = 0; i < in_.size(); ++i)
-      if (Status s = check_kind(in_[i], row_.ins[i], "input " + std::to_string(i), false); !s.ok()) return s;
+      if (Status s = check_kind(in_[i], ins_[i], "input " + std::to_string(i), false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
-      if (Status s = check_kind(out_[i], row_.outs[i], "output " + std::to_string(i), true); !s.ok()) return s;
-    if (spec_.shares_exponent() && std::string_view(row_.name) == "quantize_values")
-      return {ErrorKind::unsupported, here("codes that share an exponent can't be stored yet")};
+      if (Status s = check_kind(out_[i], outs_[i], "output " + std::to_string(i), true); !s.ok()) return s;
+    if (Status s = check_scale_format(); !s.ok()) return s;
     if (std::strchr(row_.ins, 'n'))
       if (Status s = check_learned(); !s.ok()) return s;
     return check_overlaps();
   }
 
  private:
+  /// A row's letters without those that calls with this spec don't have.
+  static std::string letters(std::string_view row, const QuantSpec& spec) {
+    std::string present;
+    for (const char letter : row)
+      if (spec.takes(letter)) present += letter;
+    return present;
+  }
+
   std::string here(const std::string& argument) const { return std::string(row_.name) + ": " + argument; }
 
   Status check_counts() const {
     const auto fits = [](size_t given, std::string_view kinds) {
       return given == kinds.size() || (kinds.back() == 'z' && given + 1 == kinds.size());
     };
-    if (!fits(in_.size(), row_.ins) || !fits(out_.size(), row_.outs))
+    if (!fits(in_.size(), ins_) || !fits(out_.size(), outs_))
       return value_error(here("got ") + std::to_string(in_.size()) + " inputs and " + std::to_string(out_.size()) +
-                         " outputs; its row is (" + row_.ins + ") -> (" + row_.outs + "), z optional");
-    const std::string_view outs = row_.outs;
-    if (outs.back() == 'z' && (out_.size() == outs.size()) == spec_.symmetric)
+                         " outputs; with this spec its row is (" + ins_ + ") -> (" + outs_ + "), z optional");
+    if (outs_.back() == 'z' && (out_.size() == outs_.size()) == spec_.symmetric)
       return value_error(here("a zero point output goes with an asymmetric spec, and only with one"));
     return {};
   }
@@ -116,12 +122,12 @@ class Checker {
   /// The logical shape is that of the data, or of the codes where there is none.
   Status find_logical_shape() {
     const TensorView* codes = nullptr;
-    const auto look = [&](Tensors tensors, const char* kinds) {
+    const auto look = [&](Tensors tensors, const std::string& kinds) {
       for (size_t i = 0; i < tensors.size(); ++i)
         if (kinds[i] == 'x' || kinds[i] == 'c') codes = codes ? codes : &tensors[i];
     };
-    look(in_, row_.ins);
-    look(out_, row_.outs);
+    look(in_, ins_);
+    look(out_, outs_);
     rank_ = codes->rank;
     std::memcpy(shape_, codes->shape, sizeof(shape_));
     const bool has_scales = std::strchr(row_.ins, 's') || std::strchr(row_.outs, 's');
@@ -155,16 +161,30 @@ class Checker {
         if (!is_float(t.dtype)) return wrong_dtype(t, name, "float32, float16, bfloat16 or float64");
         return expect_shape(t, shape_, rank_, name);
       case 'n':
+      case 'g':
         if (t.dtype != DType::float32) return wrong_dtype(t, name, "float32");
         if (t.elements() == 1) return {};
         return value_error(here(name) + " has shape " + text_of(t) + "; expected one element");
+      case 'k': {
+        constexpr int64_t kWords[] = {2};
+        if (t.dtype != DType::int32) return wrong_dtype(t, name, "int32");
+        return expect_shape(t, kWords, 1, name);
+      }
+      case 'p': {
+        if (t.dtype != DType::uint8) return wrong_dtype(t, name, "uint8");
+        if (is_output && !is_contiguous(t)) return value_error(here(name) + " must be contiguous");
+        int64_t shape[kMaxRank];
+        std::memcpy(shape, shape_, sizeof(shape));
+        int64_t& along = shape[spec_.block_axis()];
+        along = scale_length(along, kPairByte);
+        return expect_shape(t, shape, rank_, name);
+      }
       case 'c':
         if (t.dtype != DType::int8 && t.dtype != DType::uint8) return wrong_dtype(t, name, "int8 or uint8");
         return expect_shape(t, shape_, rank_, name);
       case 'q': return check_codes(t, name, is_output);
       case 's':
-        if (is_output ? t.dtype != DType::float32 : !is_float(t.dtype))
-          return wrong_dtype(t, name, is_output ? "float32" : "a float dtype");
+        if (!is_scale_dtype(t.dtype, is_output)) return wrong_dtype(t, name, scale_dtypes(is_output));
         return check_scales(t, name, is_output);
       default:
         if (is_output ? t.dtype != DType::int32
@@ -176,6 +196,32 @@ class Checker {
     }
   }
 
+  /// Whether scales may be of a dtype: numbers, or the codes of the spec's scale format.
+  bool is_scale_dtype(DType t, bool is_output) const {
+    const bool is_number = is_output ? t == DType::float32 : is_float(t);
+    const bool is_free = spec_.shares_exponent() && spec_.ieee;  // exponents beyond those that codes have
+    switch (spec_.scale_format) {
+      case ScaleFormat::e4m3: return t == DType::float8_e4m3fn;
+      case ScaleFormat::e8m0: return is_number || t == DType::float8_e8m0fnu;
+      case ScaleFormat::exponent:
+      case ScaleFormat::microexponents:
+        return is_number || (!is_free && (t == DType::int8 || t == DType::float8_e8m0fnu));
+      default: return is_number;
+    }
+  }
+  const char* scale_dtypes(bool is_output) const {
+    switch (spec_.scale_format) {
+      case ScaleFormat::e4m3: return "float8_e4m3fn";
+      case ScaleFormat::e8m0: return is_output ? "float32 or float8_e8m0fnu" : "a float dtype or float8_e8m0fnu";
+      case ScaleFormat::exponent:
+      case ScaleFormat::microexponents:
+        if (!spec_.ieee) return is_output ? "float32, int8 or float8_e8m0fnu" : "a float dtype, int8 or float8_e8m0fnu";
+        break;
+      default: break;
+    }
+    return is_output ? "float32" : "a float dtype";
+  }
+
   /// A floating zero point has no place in codes, unless it is added before rounding.
   bool takes_float_zero() const { return spec_.shifted || !std::strchr(row_.outs, 'q'); }
 
@@ -185,8 +231,8 @@ class Checker {
     if (is_wide && is_output && t.dtype != DType::int32) return wrong_dtype(t, name, "int32");
     if (is_wide ? !is_integer(t.dtype) : t.dtype != wanted && !(spec_.format.is_fp8() && t.dtype == DType::uint8))
       return wrong_dtype(t, name, is_wide ? "an integer dtype" : name_of(wanted));
-    if (spec_.shares_exponent())
-      return {ErrorKind::unsupported, here(name) + ": codes that share an exponent can't be stored yet"};
+    if (spec_.shares_exponent() && spec_.ieee)
+      return {ErrorKind::unsupported, here(name) + ": there are no codes for exponents of the finite elements alone"};
     if (!spec_.packed) return expect_shape(t, shape_, rank_, name);
     int64_t shape[kMaxRank] = {1};
     std::memcpy(shape, shape_, sizeof(int64_t) * size_t(rank_));
@@ -207,6 +253,22 @@ class Checker {
     return expect_shape(t, shape, rank_, name);
   }
 
+  /// Which operators take which scales and roundings.
+  Status check_scale_format() const {
+    const std::string_view name = row_.name;
+    const bool chooses = name == "choose_qparams";
+    if (spec_.method != Method::extremes && !chooses) return value_error(here("a method is for choose_qparams"));
+    if (spec_.scale_format == ScaleFormat::global && !chooses)
+      return value_error(here("scale=global is for choose_qparams"));
+    if (name == "quantize_values" && (spec_.shares_exponent() || spec_.scale_format == ScaleFormat::e4m3))
+      return {ErrorKind::unsupported, here("the numbers are written for float32 and e8m0 scales only")};
+    if (spec_.rounding == Rounding::stochastic && (name == "quantize_values" || std::strchr(row_.ins, 'n')))
+      return value_error(here("rounding is stochastic; there is no key"));
+    if ((name == "dequantize_backward" || std::strchr(row_.ins, 'n')) && spec_.scale_format != ScaleFormat::float32)
+      return value_error(here("a scale has a gradient only where its format is float32"));
+    return {};
+  }
+
   /// What the operators with learned scales need besides.
   Status check_learned() const {
     for (int d = 0; d < rank_; ++d)
@@ -216,12 +278,12 @@ class Checker {
     if (!spec_.format.is_integer() || spec_.shares_exponent())
       return value_error(here("the format is ") + spec_.format.name + "; expected an integer one");
     if (!std::string_view(row_.name).starts_with("tqt")) return {};
-    const auto at = size_t(std::strchr(row_.ins, 's') - row_.ins);
+    const size_t at = ins_.find('s');
     if (in_[at].elements() != 1)
       return value_error(here("input " + std::to_string(at)) + " has shape " + text_of(in_[at]) +
                          "; expected one element");
     const FloatEnvironment environment;
-    const auto domain = *static_cast<const float*>(in_[size_t(std::strchr(row_.ins, 'n') - row_.ins)].data);
+    const auto domain = *static_cast<const float*>(in_[ins_.find('n')].data);
     if (domain >= 1.0f && domain <= 0x1p22f && float(int32_t(domain)) == domain) return {};
     return value_error(here("domain is ") + std::to_string(domain) + "; allowed: an integer from 1 to 2^22");
   }
@@ -236,7 +298,6 @@ class Checker {
   }
 
   Status check_overlaps() const {
-    const bool reads_partners = spec_.scale_format == ScaleFormat::microexponents;  // which may be written by then
     for (size_t o = 0; o < out_.size(); ++o) {
       if (out_[o].elements() == 0) continue;
       const Extent mine(out_[o]);
@@ -245,8 +306,7 @@ class Checker {
         return t.elements() > 0 && mine.first < other.last && other.first < mine.last;
       };
       for (size_t i = 0; i < in_.size(); ++i)
-        if (meets(in_[i]) &&
-            !(row_.ins[i] == 'x' && row_.outs[o] == 'x' && !reads_partners && same_view(in_[i], out_[o])))
+        if (meets(in_[i]) && !(ins_[i] == 'x' && outs_[o] == 'x' && same_view(in_[i], out_[o])))
           return value_error(here("output ") + std::to_string(o) + " overlaps input " + std::to_string(i) +
                              "; only data may be the very same tensor in and out");
       for (size_t p = 0; p < o; ++p)
@@ -257,6 +317,7 @@ class Checker {
   }
 
   const OpRow& row_;
+  std::string ins_, outs_;
   Tensors in_, out_;
   const QuantSpec& spec_;
   int rank_ = 0;

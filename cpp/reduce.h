@@ -49,16 +49,79 @@ Extremes extremes_of(const float* x, int64_t n, const Grid& grid) {
   return {low, high};
 }
 
-/// A group's scale and zero point from its extremes.
-QUARK_INLINE ScaleAndZero scale_of(const Extremes& e, const QuantSpec& spec, const Grid& g) {
+using ExtremesLoop = Extremes (*)(const float* x, int64_t n, const Grid&);
+
+/// What an element is to a spec's scales: the loop over a run, or the reduction of a whole tensor.
+template <class Result, class Choose>
+Result for_key(const QuantSpec& spec, const Choose& choose) {
   switch (spec.scale_format) {
-    case ScaleFormat::e8m0: return {e8m0_scale(e.high, g), 0};
-    case ScaleFormat::exponent: return {exponent_scale(int32_t(e.high) - 150, g), 0};
-    case ScaleFormat::microexponents: return {exponent_scale(exponent_field(e.high), g), 0};
-    case ScaleFormat::float32: break;
+    case ScaleFormat::float32: return choose(static_cast<BoundsKey*>(nullptr));
+    case ScaleFormat::exponent:
+      if (spec.scale_rule == ScaleRule::fit) return choose(static_cast<ExponentKey*>(nullptr));
+      break;
+    case ScaleFormat::microexponents:
+      if (spec.ieee) return choose(static_cast<FiniteKey*>(nullptr));
+      break;
+    default: break;
   }
-  return spec.format.is_cast() ? ScaleAndZero{1.0f, 0} : scale_from_bounds(e.low, e.high, spec.symmetric, g);
+  return choose(static_cast<MagnitudeKey*>(nullptr));
 }
+
+inline ExtremesLoop extremes_loop_for(const QuantSpec& spec) {
+  return for_key<ExtremesLoop>(spec, []<class Key>(Key*) { return &extremes_of<Key>; });
+}
+
+/// From a group's extremes to its scale and zero point.
+class ScaleRuler {
+ public:
+  ScaleRuler(const QuantSpec& spec, const Grid& grid, const TensorView* tensor_scale)
+      : spec_(spec),
+        grid_(grid),
+        e4m3_(make_grid(ScaleReader::e4m3_spec())),
+        tensor_scale_(tensor_scale ? element_of(*tensor_scale) : 1.0f) {}
+
+  ScaleAndZero operator()(const Extremes& e) const {
+    switch (spec_.scale_format) {
+      case ScaleFormat::e8m0: return e8m0_scale(e.high, grid_);
+      case ScaleFormat::e4m3: return e4m3_scale(e.high, tensor_scale_, grid_, e4m3_);
+      case ScaleFormat::exponent:
+        if (spec_.scale_rule == ScaleRule::fit) return exponent_scale(int32_t(e.high) - 150, false, grid_);
+        break;
+      case ScaleFormat::microexponents: break;
+      case ScaleFormat::global: return scale_from_bounds(0, e.high, true, grid_);
+      case ScaleFormat::float32:
+        if (spec_.format.is_cast()) return {1.0f, 0, 0};
+        return scale_from_bounds(e.low, e.high, spec_.symmetric, grid_);
+    }
+    return exponent_scale(exponent_field(e.high), e.high >= kInfinity, grid_);
+  }
+
+ private:
+  const QuantSpec& spec_;
+  const Grid& grid_;
+  Grid e4m3_;
+  float tensor_scale_;
+};
+
+/// Writes scales and zero points, contiguous tensors, by the flat index of the group.
+class ScaleWriter {
+ public:
+  ScaleWriter(const TensorView& scale, const TensorView* zero) : scale_(scale), zero_(zero) {}
+
+  QUARK_INLINE void store(int64_t index, const ScaleAndZero& r) const {
+    if (zero_) static_cast<int32_t*>(zero_->data)[index] = r.zero_point;
+    if (scale_.dtype == DType::float32) {
+      static_cast<float*>(scale_.data)[index] = r.scale;
+    } else {
+      // An int8 is the exponent of an E8M0 code, NaN -128.
+      static_cast<uint8_t*>(scale_.data)[index] = uint8_t(scale_.dtype == DType::int8 ? r.code - 127 : r.code);
+    }
+  }
+
+ private:
+  const TensorView& scale_;
+  const TensorView* zero_;
+};
 
 /// Raises *to to at least `value`; threads may race.
 QUARK_INLINE void raise(uint32_t* to, uint32_t value) {
@@ -83,8 +146,8 @@ struct OffsetRange {
   }
 };
 
-/// One reduction of x to its groups' extremes, which end up in the outputs' memory: `low` and `high` have an entry per
-/// scale, and may be the same, where one maximum of both is enough.
+/// One reduction of x to its groups' extremes: `low` and `high` have an entry per scale, and may be the same, where one
+/// maximum of both is enough.
 struct Reduction {
   Data data;
   Walk walk;
@@ -131,50 +194,200 @@ struct Reduction {
   }
 };
 
-inline Executor::Chunk reduction_for(ScaleFormat format) {
-  switch (format) {
-    case ScaleFormat::float32: return Reduction::chunk<BoundsKey>;
-    case ScaleFormat::e8m0: return Reduction::chunk<MagnitudeKey>;
-    case ScaleFormat::exponent: return Reduction::chunk<ExponentKey>;
-    case ScaleFormat::microexponents: return Reduction::chunk<FiniteKey>;
-  }
-  return nullptr;
-}
-
-/// Writes the scale (and, if the spec is asymmetric, the zero point) of every group. `scale` and `zero` are contiguous;
-/// they hold the extremes' bits until the end, so nothing is allocated but a thread's own accumulators.
-inline bool choose_scales(const TensorView& x, const TensorView& scale, const TensorView* zero, const QuantSpec& spec,
-                          Executor& executor) {
+/// Writes the scale (and, if the spec is asymmetric, the zero point) of every group. False where memory runs out.
+inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec, Executor& executor) {
+  const TensorView& scale = *out.scale;
   const int64_t scales = scale.elements();
-  auto* high = static_cast<uint32_t*>(scale.data);
-  auto* low = zero ? static_cast<uint32_t*>(zero->data) : high;
+  // The extremes' bits wait where the results will be, or, where these are too narrow, in memory of their own.
+  uint32_t* own = nullptr;
+  if (scale.dtype != DType::float32) {
+    own = static_cast<uint32_t*>(std::malloc(size_t(scales) * 4 + 1));
+    if (!own) return false;
+  }
+  auto* high = own ? own : static_cast<uint32_t*>(scale.data);
+  auto* low = out.zero_point ? static_cast<uint32_t*>(out.zero_point->data) : high;
   std::memset(high, 0, size_t(scales) * 4);
   std::memset(low, 0, size_t(scales) * 4);
 
   Reduction reduction{Data(x), scale_walk(scale, x.shape, spec), x.elements(), make_grid(spec, x.dtype), low, high,
                       false};
   if (!spec.format.is_cast()) {
-    executor.run((reduction.elements + kTile - 1) / kTile, kTile, reduction_for(spec.scale_format), &reduction);
-    if (reduction.out_of_memory) return false;
+    executor.run((reduction.elements + kTile - 1) / kTile, kTile,
+                 for_key<Executor::Chunk>(spec, []<class Key>(Key*) { return &Reduction::chunk<Key>; }), &reduction);
   }
 
   struct Finish {
-    const QuantSpec& spec;
-    const Grid& grid;
-    uint32_t *low, *high;
-  } finish{spec, reduction.grid, low, high};
+    ScaleRuler scale_of;
+    ScaleWriter writer;
+    const uint32_t *low, *high;
+  } finish{ScaleRuler(spec, reduction.grid, out.tensor_scale), ScaleWriter(scale, out.zero_point), low, high};
   executor.run(
-      scales, 1,
+      reduction.out_of_memory ? 0 : scales, 1,
       [](void* context, int64_t first, int64_t last) {
         const Finish& f = *static_cast<const Finish*>(context);
-        for (int64_t i = first; i < last; ++i) {
-          const ScaleAndZero r = scale_of({f.low[i], f.high[i]}, f.spec, f.grid);
-          if (f.low != f.high) f.low[i] = uint32_t(r.zero_point);
-          f.high[i] = bits_of(r.scale);
-        }
+        for (int64_t i = first; i < last; ++i) f.writer.store(i, f.scale_of({f.low[i], f.high[i]}));
       },
       &finish);
-  return true;
+  std::free(own);
+  return !reduction.out_of_memory;
+}
+
+/// Writes the bit of every pair: whether both neighbours lie below the power of two of their block, whose scale has
+/// been chosen. A neighbour beyond the end counts as 0.
+inline void choose_pairs(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec, Executor& executor) {
+  const int axis = spec.block_axis();
+  const TensorView& bits = *out.pair_bits;
+  struct Task {
+    const TensorView &x, &bits;
+    int axis;
+    Data data;
+    ScaleReader scales;
+    Grid grid;
+  } task{x,
+         bits,
+         axis,
+         Data(x),
+         ScaleReader(*out.scale, scale_walk(*out.scale, x.shape, spec), nullptr, spec),
+         make_grid(spec, x.dtype)};
+  executor.run(
+      bits.elements(), kPairByte,
+      [](void* context, int64_t first, int64_t last) {
+        const Task& t = *static_cast<const Task*>(context);
+        int64_t inner = 1;
+        for (int d = t.axis + 1; d < t.x.rank; ++d) inner *= t.x.shape[d];
+        const int64_t length = t.x.shape[t.axis], bytes = t.bits.shape[t.axis];
+        for (int64_t index = first; index < last; ++index) {
+          const int64_t along = index / inner % bytes * kPairByte;
+          const int64_t from = (index / inner / bytes * length + along) * inner + index % inner;
+          const int64_t n = min(kPairByte, length - along);
+          uint32_t below = 0xffffu;
+          alignas(64) float x[kPairByte], s[kPairByte];
+          if (inner == 1) {
+            const float* values = t.data.load(from, n, x);
+            const float* scales = t.scales.load(from, n, s);
+            for (int64_t i = 0; i < n; ++i)
+              if (!is_below_exponent(values[i], scales[i], t.grid)) below &= ~(1u << i);
+          } else {
+            for (int64_t i = 0; i < n; ++i) {
+              const float value = *t.data.load(from + i * inner, 1, x);
+              if (!is_below_exponent(value, *t.scales.load(from + i * inner, 1, s), t.grid)) below &= ~(1u << i);
+            }
+          }
+          // Element bits 2 j and 2 j + 1 to pair bit j.
+          uint32_t byte = 0;
+          for (int64_t j = 0; 2 * j < n; ++j) byte |= (below >> (2 * j) & below >> (2 * j + 1) & 1u) << j;
+          static_cast<uint8_t*>(t.bits.data)[index] = uint8_t(byte);
+        }
+      },
+      &task);
+}
+
+// ---- groups of one row --------------------------------------------------------------------------------------------
+
+/// Groups whose elements follow one another in the flat order, cut into units that one thread takes: whole groups of up
+/// to a tile in all, or one longer group. A unit never crosses the end of a row.
+struct GroupRuns {
+  bool found = false;
+  int64_t group = 1, row = 1, unit = 1;  ///< elements
+  int64_t rows = 0;
+
+  /// Not found where a group is spread over rows, or so long that threads should share it. Codes that `spec` packs
+  /// start on whole bytes.
+  GroupRuns(const TensorView& x, const QuantSpec& spec) {
+    constexpr int64_t kLongest = 1 << 18;
+    const int last = x.rank - 1;
+    const int64_t elements = x.elements();
+    if (last < 0 || elements == 0 || spec.format.is_cast()) return;
+    for (int d = 0; d < last; ++d)
+      if (x.shape[d] != 1 && spec.block[d] != 1) return;
+    const int64_t n = x.shape[last], b = spec.block[last];
+    const bool is_padded = spec.packed && n * spec.format.bits % 8 != 0;
+    group = b == 0 || b > n ? n : b;
+    row = n % group == 0 && !is_padded ? elements : n;
+    rows = elements / row;
+    const int64_t in_step = group * spec.format.bits % 8 == 0 ? 1 : 8;  // groups from byte to byte
+    if (group >= row) {
+      unit = row;
+    } else if (!spec.packed) {
+      unit = group > kTile ? group : kTile / group * group;
+    } else {
+      unit = group * in_step > kTile ? group * in_step : kTile / (group * in_step) * (group * in_step);
+    }
+    found = group <= kLongest && (unit == group || unit <= kTile);
+  }
+
+  int64_t units_per_row() const { return (row + unit - 1) / unit; }
+  int64_t groups_per_row() const { return (row + group - 1) / group; }
+};
+
+/// Chooses the scales of runs and calls apply(begin, count, values, scales) for every tile while it is in the cache.
+/// `values` are its elements, `scales` its TileScales.
+template <class Apply>
+void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors& out, const QuantSpec& spec,
+                 Executor& executor, const Apply& apply) {
+  struct Task {
+    const GroupRuns& runs;
+    const Apply& apply;
+    Data data;
+    ExtremesLoop extremes;
+    Grid grid;
+    ScaleRuler scale_of;
+    ScaleWriter writer;
+
+    /// A unit of several groups, which is one tile.
+    void groups(int64_t begin, int64_t count, int64_t index) const {
+      alignas(64) float x[kTile], s[kTile], z[kTile];
+      const float* values = data.load(begin, count, x);
+      for (int64_t at = 0; at < count; at += runs.group, ++index) {
+        const int64_t n = min(runs.group, count - at);
+        const ScaleAndZero r = scale_of(extremes(values + at, n, grid));
+        writer.store(index, r);
+        for (int64_t i = 0; i < n; ++i) {
+          s[at + i] = r.scale;
+          z[at + i] = float(r.zero_point);
+        }
+      }
+      apply(begin, count, values, TileScales{s, z, count <= runs.group});
+    }
+
+    /// A group of several tiles: once for its scale, once more to apply it.
+    void group(int64_t begin, int64_t count, int64_t index) const {
+      alignas(64) float x[kTile];
+      Extremes e{0, 0};
+      for (int64_t at = 0; at < count; at += kTile) {
+        const int64_t n = min(kTile, count - at);
+        e = max(e, extremes(data.load(begin + at, n, x), n, grid));
+      }
+      const ScaleAndZero r = scale_of(e);
+      writer.store(index, r);
+      const float s = r.scale, z = float(r.zero_point);
+      for (int64_t at = 0; at < count; at += kTile) {
+        const int64_t n = min(kTile, count - at);
+        apply(begin + at, n, data.load(begin + at, n, x), TileScales{&s, &z, true});
+      }
+    }
+  };
+  const Grid grid = make_grid(spec, x.dtype);
+  Task task{runs,
+            apply,
+            Data(x),
+            extremes_loop_for(spec),
+            grid,
+            ScaleRuler(spec, grid, out.tensor_scale),
+            ScaleWriter(*out.scale, out.zero_point)};
+  executor.run(
+      runs.rows * runs.units_per_row(), runs.unit,
+      [](void* context, int64_t first, int64_t last) {
+        const Task& t = *static_cast<const Task*>(context);
+        const GroupRuns& r = t.runs;
+        for (int64_t item = first; item < last; ++item) {
+          const int64_t row = item / r.units_per_row(), inside = item % r.units_per_row() * r.unit;
+          const int64_t begin = row * r.row + inside, count = min(r.unit, r.row - inside);
+          const int64_t index = row * r.groups_per_row() + inside / r.group;
+          count <= kTile ? t.groups(begin, count, index) : t.group(begin, count, index);
+        }
+      },
+      &task);
 }
 
 // ---- sums ---------------------------------------------------------------------------------------------------------
@@ -310,8 +523,9 @@ inline SlopeLoop slope_loop_for(const QuantSpec& spec) {
   case Rounding::name:                                                    \
     return spec.shifted ? slope_loop<Arithmetic::shifted, Rounding::name> \
                         : slope_loop<Arithmetic::affine, Rounding::name>;
-    QUARK_ROUNDINGS(QUARK_ROUNDING)
+    QUARK_FIXED_ROUNDINGS(QUARK_ROUNDING)
 #undef QUARK_ROUNDING
+    case Rounding::stochastic: break;  // doesn't learn
   }
   return nullptr;
 }

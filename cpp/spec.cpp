@@ -30,6 +30,12 @@ constexpr const char* kScaleFormatNames[] = {
 #undef QUARK_SCALE_FORMAT
 };
 
+constexpr const char* kScaleRuleNames[] = {
+#define QUARK_SCALE_RULE(name) #name,
+    QUARK_SCALE_RULES(QUARK_SCALE_RULE)
+#undef QUARK_SCALE_RULE
+};
+
 /// Where `name` stands in a list of names, or -1.
 template <size_t N>
 int index_of(std::string_view name, const char* const (&names)[N]) {
@@ -59,6 +65,17 @@ Status parse_block(std::string_view text, QuantSpec& spec) {
     text = comma == std::string_view::npos ? std::string_view() : text.substr(comma + 1);
   }
   return {};
+}
+
+bool parse_method(std::string_view text, QuantSpec& spec) {
+  constexpr std::string_view kPercentile = "percentile:";
+  if (text == "mse") {
+    spec.method = Method::mse;
+    return true;
+  }
+  spec.method = Method::percentile;
+  return text.starts_with(kPercentile) && parse_number(text.substr(kPercentile.size()), spec.percentile) &&
+         spec.percentile > 0.0 && spec.percentile <= 100.0;
 }
 
 Status parse_format(std::string_view name, QuantSpec& spec) {
@@ -94,7 +111,19 @@ Status complete_scale(const QuantSpec& spec) {
     return value_error(std::string("spec: a shared exponent goes with signed integers of 3 bits or more, plainly "
                                    "rounded, not with ") +
                        f.name);
-  if (spec.scale_format == ScaleFormat::microexponents) {
+  const bool is_power = spec.scale_format == ScaleFormat::e8m0;
+  if (spec.scale_rule != ScaleRule::floor &&
+      !(spec.scale_rule == ScaleRule::fit ? spec.scale_format == ScaleFormat::exponent : is_power))
+    return value_error(std::string("spec: rule=") + kScaleRuleNames[int(spec.scale_rule)] +
+                       " doesn't go with scale=" + kScaleFormatNames[int(spec.scale_format)]);
+  if (spec.scale_rule == ScaleRule::fit && !spec.ieee)
+    return value_error("spec: rule=fit is of the finite elements alone, so it needs ieee");
+  if (spec.method == Method::mse && spec.rounding == Rounding::stochastic)
+    return value_error("spec: method=mse needs a rounding that isn't stochastic");
+  if (spec.method != Method::extremes && spec.scale_format != ScaleFormat::float32 && !is_power)
+    return value_error(std::string("spec: a method chooses float32 and e8m0 scales, not ") +
+                       kScaleFormatNames[int(spec.scale_format)]);
+  if (spec.has_pairs()) {
     const int axis = spec.block_axis();
     if (axis < 0 || spec.block[axis] == 0 || spec.block[axis] % 2 != 0)
       return value_error("spec: microexponents need a block of even length along one axis");
@@ -128,7 +157,10 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
     return value_error(std::string("spec: reciprocal and shifted are for integer formats, not ") + f.name);
   if ((is_integer || f.is_cast()) && (spec.narrow || spec.plus_zero))
     return value_error(std::string("spec: narrow and plus_zero are for minifloat formats, not ") + f.name);
-  if (spec.rounding != Rounding::half_even && (f.is_cast() || spec.narrow || spec.shares_exponent()))
+  const bool is_nearest = f.is_cast() || spec.narrow || (spec.shares_exponent() && spec.ieee);
+  if (spec.rounding == Rounding::stochastic && (spec.reciprocal || spec.shifted || spec.ieee))
+    return value_error("spec: stochastic rounding is for the plain order of computing");
+  if (spec.rounding != Rounding::half_even && is_nearest)
     return value_error(std::string("spec: ") + f.name + (f.is_cast() ? " is a cast and" : " so computed") +
                        " rounds half_even only");
   return complete_scale(spec);
@@ -138,6 +170,14 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
 
 std::span<const Format> formats() { return kFormats; }
 std::span<const char* const> rounding_names() { return kRoundingNames; }
+const Format& e4m3_format() {
+  enum Row {
+#define QUARK_FORMAT(name, ...) name,
+#include "formats.inc"
+#undef QUARK_FORMAT
+  };
+  return kFormats[fp8_e4m3];
+}
 
 Status parse_spec(std::string_view text, QuantSpec& spec) {
   spec = {};
@@ -167,6 +207,12 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
       const int found = index_of(value, kScaleFormatNames);
       good = found >= 0;
       if (good) spec.scale_format = ScaleFormat(found);
+    } else if (key == "rule") {
+      const int found = index_of(value, kScaleRuleNames);
+      good = found >= 0;
+      if (good) spec.scale_rule = ScaleRule(found);
+    } else if (key == "method") {
+      good = parse_method(value, spec);
     } else if (key == "min") {
       good = has_min = parse_number(value, spec.quant_min);
     } else if (key == "max") {
@@ -192,7 +238,7 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
     } else if (word == "signed") {
       good = is_signed = is_codes;
     } else {
-      good = key == "dtype";  // the Python schema's
+      good = key == "dtype" || key == "scales";  // the Python schema's
     }
     if (!good) return value_error("spec: can't read " + quoted(word));
   }

@@ -11,8 +11,10 @@ namespace quark {
 /// Which codes of a format are no numbers.
 enum class Specials : uint8_t { none, nan, ieee, fnuz };
 
-/// How the quotient x / scale becomes a value of the grid.
-#define QUARK_ROUNDINGS(X) X(half_even) X(half_up) X(half_away) X(floor) X(ceil) X(toward_zero)
+/// How the quotient x / scale becomes a value of the grid. Stochastic: up with the probability of its distance from the
+/// value below.
+#define QUARK_FIXED_ROUNDINGS(X) X(half_even) X(half_up) X(half_away) X(floor) X(ceil) X(toward_zero)
+#define QUARK_ROUNDINGS(X) QUARK_FIXED_ROUNDINGS(X) X(stochastic)
 enum class Rounding : uint8_t {
 #define QUARK_ROUNDING(name) name,
   QUARK_ROUNDINGS(QUARK_ROUNDING)
@@ -23,14 +25,34 @@ std::span<const char* const> rounding_names();
 /// How a dynamic scale follows from its group, and what it can be.
 ///   float32         the extreme value lands on the end of the range
 ///   e8m0            a power of two from 2^-127 to 2^127 (OCP MX 1.0, 6.3)
+///   e4m3            an fp8_e4m3 number times a scale of the whole tensor (NVFP4)
+///   global          that scale of the whole tensor: the extreme value lands on 448 times the end of the range
 ///   exponent        the group's exponent, 2^(E - bits + 2) a code: block floating point
 ///   microexponents  the same, halved for a pair of neighbours that both lie below 2^E (MX6, MX9: arXiv 2302.08007)
-#define QUARK_SCALE_FORMATS(X) X(float32) X(e8m0) X(exponent) X(microexponents)
+#define QUARK_SCALE_FORMATS(X) X(float32) X(e8m0) X(e4m3) X(global) X(exponent) X(microexponents)
 enum class ScaleFormat : uint8_t {
 #define QUARK_SCALE_FORMAT(name) name,
   QUARK_SCALE_FORMATS(QUARK_SCALE_FORMAT)
 #undef QUARK_SCALE_FORMAT
 };
+
+/// How a power of two follows from amax = m * 2^E, 1 <= m < 2, and the end of the range, m' * 2^emax. 2^(E - emax), and
+/// once more where
+///   floor  never (OCP MX 1.0)
+///   ceil   m > 1
+///   even   amax would round to a next power of two on the element's grid
+///   rceil  m > m': the smallest power of two that lets nothing saturate
+///   fit    shared exponents: a code would round past the last one
+#define QUARK_SCALE_RULES(X) X(floor) X(ceil) X(even) X(rceil) X(fit)
+enum class ScaleRule : uint8_t {
+#define QUARK_SCALE_RULE(name) name,
+  QUARK_SCALE_RULES(QUARK_SCALE_RULE)
+#undef QUARK_SCALE_RULE
+};
+
+/// What choose_qparams takes for a group's extremes: they themselves, nearest-rank percentiles, or that part of them
+/// which gives the least squared error.
+enum class Method : uint8_t { extremes, percentile, mse };
 
 /// One row of formats.inc as numbers.
 struct Format {
@@ -61,9 +83,12 @@ std::span<const Format> formats();
 /// block     for every axis how many neighbours share a scale, 0 = the whole axis (default: no axes, a 0-d tensor)
 /// min, max  the integer range, where it isn't the format's own
 /// scale     the ScaleFormat (default: float32)
+/// rule      the ScaleRule of power-of-two scales (default: floor)
+/// method    "mse", or "percentile:" and a number above 0, up to 100: for choose_qparams only
 /// packed    codes are a little-endian bit stream along the last axis
 /// length    logical length of the last axis, where codes are packed
-/// dtype     dtype of data outputs (read by the Python schema; the core sees the tensor itself)
+/// dtype     dtype of data outputs, and
+/// scales    of scale outputs (read by the Python schema; the core sees the tensors themselves)
 ///
 /// In which order to compute, where it isn't that of the everyday functions:
 ///
@@ -72,7 +97,8 @@ std::span<const Format> formats();
 /// narrow      minifloats: the quotient x / s is rounded to x's dtype
 /// plus_zero   minifloats: a zero of the grid is +0
 /// ieee        NaN and infinity as IEEE has them: a NaN quotient gives NaN, a result too large for its dtype infinity.
-///             The integer range is free within +-2^23, and codes may be int32
+///             The integer range is free within +-2^23, and codes may be int32. Shared exponents are those of the
+///             finite elements; microexponents let the others pass, exponents make them 0
 ///
 /// For pack and unpack the format is "codes" with `bits=` and, for signed codes, `signed`.
 struct QuantSpec {
@@ -81,6 +107,9 @@ struct QuantSpec {
   bool symmetric = true;
   bool packed = false;
   ScaleFormat scale_format = ScaleFormat::float32;
+  ScaleRule scale_rule = ScaleRule::floor;
+  Method method = Method::extremes;
+  double percentile = 100.0;
   bool reciprocal = false, shifted = false, narrow = false, plus_zero = false, ieee = false;
   float quant_min = 0, quant_max = 0;  ///< integer formats only
   int64_t length = -1;
@@ -97,11 +126,27 @@ struct QuantSpec {
       }
     return found;
   }
-  /// Blocks of integers that share an exponent: their numbers have no codes of their own yet, only fake_quantize runs.
+  /// Blocks of integers that share an exponent.
   bool shares_exponent() const {
     return scale_format == ScaleFormat::exponent || scale_format == ScaleFormat::microexponents;
   }
+  bool has_pairs() const { return scale_format == ScaleFormat::microexponents; }
+
+  /// Whether calls with this spec have a tensor of this letter (ops.inc), where the operator's row does. A zero point
+  /// input may be absent all the same.
+  bool takes(char letter) const {
+    if (letter == 'g') return scale_format == ScaleFormat::e4m3;
+    if (letter == 'p') return has_pairs();
+    if (letter == 'k') return rounding == Rounding::stochastic;
+    return true;
+  }
 };
+
+/// Elements along an axis that share a byte of pair bits.
+inline constexpr int64_t kPairByte = 16;
+
+/// The row of the format that e4m3 scales have.
+const Format& e4m3_format();
 
 /// Parses the text form. Unknown words, names and values out of range are value errors.
 Status parse_spec(std::string_view text, QuantSpec& spec);

@@ -20,7 +20,8 @@ namespace quark {
   X(float8_e4m3fn, 1, 10, F8E4M3FN)     \
   X(float8_e5m2, 1, 12, F8E5M2)         \
   X(float8_e4m3fnuz, 1, 11, F8E4M3FNUZ) \
-  X(float8_e5m2fnuz, 1, 13, F8E5M2FNUZ)
+  X(float8_e5m2fnuz, 1, 13, F8E5M2FNUZ) \
+  X(float8_e8m0fnu, 1, 14, F8E8M0FNU)
 
 enum class DType : uint8_t {
 #define QUARK_DTYPE(name, bytes, dlpack, xla) name,

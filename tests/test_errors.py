@@ -230,15 +230,15 @@ def test_corrupt_qtensors(framework: Any) -> None:
     import dataclasses
 
     q = framework.api.quantize(framework.array(X), "int8", axis=0)
-    with pytest.raises(ValueError, match=r"q.qvalue has shape \(4, 5\); .* has codes of shape \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"q.qvalue has shape \(4, 5\); .* has qvalue of \(4, 6\)"):
         dataclasses.replace(q, qvalue=q.qvalue[:, :5]).dequantize()
     with pytest.raises(ValueError, match=r"q.scale has shape \(3, 1\); .* allows \(4, 1\)"):
         dataclasses.replace(q, scale=q.scale[:3]).dequantize()
-    with pytest.raises(TypeError, match="q.qvalue has dtype uint8; codes of int8 have dtype int8"):
+    with pytest.raises(TypeError, match="q.qvalue has dtype uint8; qvalue of int8 channel=0 has dtype int8"):
         dataclasses.replace(q, qvalue=q.qvalue.view(framework.dtype("uint8"))).dequantize()
-    with pytest.raises(TypeError, match="q.scale has dtype int8; allowed: float32"):
+    with pytest.raises(TypeError, match="q.scale has dtype int8; scale of int8 channel=0 has dtype float32"):
         dataclasses.replace(q, scale=q.qvalue[:, :1]).dequantize()
-    with pytest.raises(TypeError, match=r"q\.scale is a builtins\.NoneType"):
+    with pytest.raises(ValueError, match=r"q\.scale is None; a QTensor of int8 channel=0 has one"):
         dataclasses.replace(q, scale=None).dequantize()
 
 
@@ -404,7 +404,28 @@ class TestSpecs:
             (lambda: QuantSpec(8), ValueError, "format is 8; allowed"),  # type: ignore[arg-type]
             (lambda: QuantSpec("int8", rounding="up"), ValueError, "rounding is 'up'; allowed: half_even, half_up"),
             (lambda: QuantSpec("int8", scale_format="e5m2"), ValueError, "scale_format is 'e5m2'; allowed: float32"),
-            (lambda: QuantSpec("int8", scale_rule="best"), ValueError, "scale_rule is 'best'; allowed: absmax"),
+            (lambda: QuantSpec("int8", scale_rule="best"), ValueError, "scale_rule is 'best'; .* float32 take absmax"),
+            (
+                lambda: QuantSpec("fp4", scale_format="e8m0", scale_rule="absmax"),
+                ValueError,
+                "e8m0 take floor, ceil, even",
+            ),
+            (lambda: QuantSpec("uint8", scale_format="exponent"), ValueError, "it goes with signed integers"),
+            (lambda: QuantSpec("int2", scale_format="exponent"), ValueError, "of 3 bits or more, not int2"),
+            (lambda: QuantSpec("int8", scale_format="microexponents"), ValueError, "need PerGroup of an even size"),
+            (
+                lambda: QuantSpec("int8", PerGroup(5), scale_format="microexponents"),
+                ValueError,
+                "need PerGroup of an even size",
+            ),
+            (
+                lambda: QuantSpec("int8", symmetric=False, scale_format="e8m0"),
+                ValueError,
+                "go with symmetric specs only",
+            ),
+            (lambda: QuantSpec("fp16", scale_format="e8m0"), ValueError, "fp16 is a cast: it has no scales"),
+            (lambda: QuantSpec.parse("fp4 scale=e8m0 scale=e4m3"), ValueError, "'scale=e4m3' says again"),
+            (lambda: QuantSpec.parse("fp4 scale=e8m0 rule=up"), ValueError, "scale_rule is 'up'"),
             (lambda: QuantSpec("int8", 3), TypeError, r"granularity is 3; allowed: PerTensor\(\)"),  # type: ignore[arg-type]
             (lambda: QuantSpec("int8", symmetric=1), TypeError, "symmetric is 1"),  # type: ignore[arg-type]
             (lambda: QuantSpec("fp4", symmetric=False), ValueError, "symmetric is False; fp4 has no zero point"),

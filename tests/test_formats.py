@@ -11,7 +11,8 @@ import pytest
 import reference
 from frontends import bits
 from matrix import numpy_dtype
-from quark_kernels import FORMATS, PRESETS, ROUNDINGS, _core
+from quark_kernels import FORMATS, PRESETS, _core
+from quark_kernels.formats import FIXED_ROUNDINGS
 from test_forward import assert_same
 
 ML_DTYPES = {
@@ -67,6 +68,16 @@ def test_presets() -> None:
         "fp4",
         "bf16",
         "fp16",
+        "mxfp8_e4m3",
+        "mxfp8_e5m2",
+        "mxfp6_e3m2",
+        "mxfp6_e2m3",
+        "mxfp4",
+        "mxint8",
+        "nvfp4",
+        "mx6",
+        "mx9",
+        "bfp16",
     ]
     assert [name for name, spec in PRESETS.items() if not spec.symmetric] == ["uint2", "uint4", "uint8", "uint16"]
 
@@ -87,7 +98,7 @@ def test_all_16_bit_inputs_against_ml_dtypes(fmt: str, dtype: str) -> None:
     assert_same(got[number], expected[number], "codes")
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rounding", FIXED_ROUNDINGS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_all_16_bit_inputs_against_the_oracle(fmt: str, dtype: str, rounding: str) -> None:

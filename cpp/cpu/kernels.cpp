@@ -3,147 +3,206 @@
 
 #include "../loops.h"
 #include "../reduce.h"
+#include "../search.h"
 #include "levels.h"
 
 namespace quark::QUARK_LEVEL {
 namespace {
 
-/// Buffers of one tile.
-struct alignas(64) Buffers {
-  float x[kTile], y[kTile], s[kTile], z[kTile];
-};
+/// A call's tensors by the letters of its row. Optional ones that are absent are null.
+class Operands {
+ public:
+  Operands(Op op, Tensors in, Tensors out, const QuantSpec& spec) {
+    take(kOps[int(op)].ins, in, spec);
+    take(kOps[int(op)].outs, out, spec);
+  }
 
-/// The operands in the order of the op's row; zero points are absent where the span is that much shorter.
-const TensorView* zero_point(Tensors tensors, size_t at) { return tensors.size() > at ? &tensors[at] : nullptr; }
+  /// Inputs, or outputs where no input has the letter.
+  const TensorView* operator[](char letter) const { return found_[letter - 'a']; }
+
+  ScaleTensors scales() const { return {found_['s' - 'a'], found_['g' - 'a'], found_['p' - 'a'], found_['z' - 'a']}; }
+
+ private:
+  void take(const char* letters, Tensors tensors, const QuantSpec& spec) {
+    size_t at = 0;
+    for (; *letters && at < tensors.size(); ++letters) {
+      if (!spec.takes(*letters)) continue;
+      const TensorView*& slot = found_[*letters - 'a'];
+      if (!slot) slot = &tensors[at];
+      ++at;
+    }
+  }
+
+  const TensorView* found_['z' - 'a' + 1] = {};
+};
 
 int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
-/// out = body(x, other, s, z), tile by tile. In and Out: Data or Codes. `data` is the dtype of the numbers.
+/// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes. `data` is the dtype of the numbers.
 template <class Body, class In, class Out>
-void elementwise(const In& x, const Data* other, const Scales& scales, const Out& out, DType data, const Tiling& tiling,
-                 const QuantSpec& spec, Executor& executor) {
-  const TileLoop loop = tile_loop_for<Body>(spec, data, scales.has_zero_points());
-  const Grid grid = make_grid(spec, data);
-  float limit = 0.0f;
-  if constexpr (std::is_same_v<Out, Data>) limit = limit_of(out.view.dtype, spec);
-  for_each_tile(executor, tiling, [&](int64_t begin, int64_t count) {
-    Buffers buffers;
-    alignas(64) float others[kTile];
-    const float* values = x.load(begin, count, buffers.x);
-    const float* second = other ? other->load(begin, count, others) : values;
-    float* y = out.target(begin, buffers.y);
-    loop(values, second, y, count, scales.load(begin, count, buffers.s, buffers.z), limit, grid);
-    out.store(begin, count, y);
-  });
+class Elementwise {
+ public:
+  Elementwise(const In& x, const Data* other, const Operands& operands, const TensorView& shape, const Out& out,
+              const QuantSpec& spec)
+      : x_(x),
+        other_(other),
+        scales_(operands.scales(), shape.shape, spec),
+        random_(operands['k']),
+        out_(out),
+        grid_(make_grid(spec, shape.dtype)),
+        loop_(tile_loop_for<Body>(spec, shape.dtype, scales_.has_zero_points())) {
+    if constexpr (std::is_same_v<Out, Data>) limit_ = limit_of(out.view.dtype, spec);
+  }
+
+  void run(const Tiling& tiling, Executor& executor) const {
+    for_each_tile(executor, tiling, [this](int64_t begin, int64_t count) {
+      alignas(64) float x[kTile], s[kTile], z[kTile];
+      tile(begin, count, x_.load(begin, count, x), scales_.load(begin, count, s, z));
+    });
+  }
+
+  /// A tile whose elements and scales are at hand.
+  QUARK_INLINE void tile(int64_t begin, int64_t count, const float* values, const TileScales& scales) const {
+    alignas(64) float others[kTile], y[kTile];
+    alignas(64) uint32_t random[Random::kBuffer];
+    const float* second = other_ ? other_->load(begin, count, others) : values;
+    float* to = out_.target(begin, y);
+    loop_(values, second, random_.load(begin, count, random), to, count, scales, limit_, grid_);
+    out_.store(begin, count, to);
+  }
+
+ private:
+  const In& x_;
+  const Data* other_;
+  Scales scales_;
+  Random random_;
+  const Out& out_;
+  Grid grid_;
+  TileLoop loop_;
+  float limit_ = 0.0f;
+};
+
+/// `spec` for codes: a format without NaN has no code for it.
+QuantSpec code_spec(QuantSpec spec) {
+  spec.ieee = spec.ieee && spec.format.specials != Specials::none;
+  return spec;
 }
 
 /// q = R(x / s) + z as codes.
 Status quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const TensorView& x = in[0];
-  const int64_t row = last_length(x);
-  QuantSpec codes = spec;
-  codes.ieee = codes.ieee && spec.format.specials != Specials::none;  // a format without NaN has no code for it
-  elementwise<QuantizeBody>(Data(x), nullptr, Scales(in[1], zero_point(in, 2), x.shape, spec), Codes(out[0], spec, row),
-                            x.dtype, Tiling(x.elements(), row, spec), codes, executor);
+  const Operands operands(Op::quantize, in, out, spec);
+  const TensorView& x = *operands['x'];
+  const Data values(x);
+  const Codes codes(*operands['q'], spec, last_length(x));
+  const QuantSpec own = code_spec(spec);
+  Elementwise<QuantizeBody, Data, Codes>(values, nullptr, operands, x, codes, own)
+      .run(Tiling(x.elements(), last_length(x), spec), executor);
   return {};
 }
 
 /// y = R(x / s), the numbers that the codes stand for.
 Status quantize_values(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const TensorView& x = in[0];
-  elementwise<QuantizeBody>(Data(x), nullptr, Scales(in[1], nullptr, x.shape, spec), Data(out[0]), x.dtype,
-                            Tiling(x.elements(), 0, spec), spec, executor);
+  const Operands operands(Op::quantize_values, in, {}, spec);
+  const TensorView& x = *operands['x'];
+  const Data values(x), result(out[0]);
+  Elementwise<QuantizeBody, Data, Data>(values, nullptr, operands, x, result, spec)
+      .run(Tiling(x.elements(), 0, spec), executor);
   return {};
 }
 
 /// x = (q - z) * s.
 Status dequantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const TensorView& x = out[0];
-  const int64_t row = last_length(x);
-  elementwise<DequantizeBody>(Codes(in[0], spec, row), nullptr, Scales(in[1], zero_point(in, 2), x.shape, spec),
-                              Data(x), x.dtype, Tiling(x.elements(), row, spec), spec, executor);
+  const Operands operands(Op::dequantize, in, out, spec);
+  const TensorView& x = *operands['x'];
+  const Codes codes(*operands['q'], spec, last_length(x));
+  const Data result(x);
+  Elementwise<DequantizeBody, Codes, Data>(codes, nullptr, operands, x, result, spec)
+      .run(Tiling(x.elements(), last_length(x), spec), executor);
   return {};
-}
-
-/// `count` indices of `axis`, from `first`.
-TensorView slice(TensorView t, int axis, int64_t first, int64_t count) {
-  t.data = static_cast<char*>(t.data) + first * t.strides[axis] * bytes_of(t.dtype);
-  t.shape[axis] = count;
-  return t;
-}
-
-/// y = R(x / t) * t, t being s, or half of it for some pairs of neighbours. An odd element at the end of an axis is a
-/// pair by itself.
-void fake_quantize_pairs(const TensorView& x, const TensorView& scale, const TensorView& out, const QuantSpec& spec,
-                         Executor& executor) {
-  const int axis = spec.block_axis();
-  const int64_t n = x.shape[axis], even = n - n % 2;
-  if (even > 0) {
-    const TensorView from = slice(x, axis, 0, even), to = slice(out, axis, 0, even);
-    // Elements 1, 0, 3, 2, ... of the axis.
-    TensorView swapped = from;
-    Walk partners;
-    for (int d = 0; d < x.rank; ++d) {
-      if (d != axis) {
-        partners.push(from.shape[d], from.strides[d], 1);
-        continue;
-      }
-      swapped = slice(from, axis, 1, even);
-      partners.push(even / 2, 2 * from.strides[d], 1);
-      partners.push(2, -from.strides[d], 1);
-    }
-    const Data other(swapped, partners);
-    elementwise<FakeQuantizeBody>(Data(from), &other, Scales(scale, nullptr, from.shape, spec), Data(to), x.dtype,
-                                  Tiling(from.elements(), 0, spec), spec, executor);
-  }
-  if (n > even) {
-    const TensorView from = slice(x, axis, even, 1), to = slice(out, axis, even, 1);
-    const TensorView last = slice(scale, axis, even / spec.block[axis], 1);
-    elementwise<FakeQuantizeBody>(Data(from), nullptr, Scales(last, nullptr, from.shape, spec), Data(to), x.dtype,
-                                  Tiling(from.elements(), 0, spec), spec, executor);
-  }
 }
 
 /// y = dequantize(quantize(x)), without the codes.
 Status fake_quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const TensorView& x = in[0];
-  if (spec.scale_format == ScaleFormat::microexponents) {
-    fake_quantize_pairs(x, in[1], out[0], spec, executor);
-    return {};
-  }
-  elementwise<FakeQuantizeBody>(Data(x), nullptr, Scales(in[1], zero_point(in, 2), x.shape, spec), Data(out[0]),
-                                x.dtype, Tiling(x.elements(), 0, spec), spec, executor);
+  const Operands operands(Op::fake_quantize, in, {}, spec);
+  const TensorView& x = *operands['x'];
+  const Data values(x), result(out[0]);
+  Elementwise<FakeQuantizeBody, Data, Data>(values, nullptr, operands, x, result, spec)
+      .run(Tiling(x.elements(), 0, spec), executor);
   return {};
 }
 
 /// dx = dy where x didn't saturate, else 0.
 Status fake_quantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const TensorView& x = in[0];
-  const Data grad(in[1]);
-  elementwise<FakeQuantizeBackwardBody>(Data(x), &grad, Scales(in[2], zero_point(in, 3), x.shape, spec), Data(out[0]),
-                                        x.dtype, Tiling(x.elements(), 0, spec), spec, executor);
+  const Operands operands(Op::fake_quantize_backward, in, {}, spec);
+  const TensorView& x = *operands['x'];
+  const Data values(x), grad(in[1]), result(out[0]);
+  Elementwise<FakeQuantizeBackwardBody, Data, Data>(values, &grad, operands, x, result, spec)
+      .run(Tiling(x.elements(), 0, spec), executor);
   return {};
 }
 
-/// s (and z) from the extremes of each group of x.
-Status choose_qparams(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  if (choose_scales(in[0], out[0], zero_point(out, 1), spec, executor)) return {};
-  return {ErrorKind::memory, "choose_qparams: out of memory for the partial extremes"};
+Status out_of_memory(const char* what) { return {ErrorKind::memory, what}; }
+
+/// Writes the scales that `out` has room for: s and p and z, given g.
+Status choose(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec, Executor& executor) {
+  if (spec.method != Method::extremes) {
+    if (SearchScales::run(x, out, spec, executor)) return {};
+    return out_of_memory("out of memory for a copy of a group");
+  }
+  if (const GroupRuns runs(x, spec); runs.found) {
+    choose_runs(x, runs, out, spec, executor, [](int64_t, int64_t, const float*, const TileScales&) {});
+  } else if (!choose_scales(x, out, spec, executor)) {
+    return out_of_memory("out of memory for the groups' extremes");
+  }
+  if (out.pair_bits) choose_pairs(x, out, spec, executor);
+  return {};
 }
 
-/// choose_qparams, then a kernel that takes the scales as inputs. They are outputs of the whole.
-Status choose_then(Kernel kernel, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  if (Status status = choose_qparams(in, out.subspan(1), spec, executor); !status.ok()) return status;
-  const TensorView operands[] = {in[0], out[1], out[out.size() - 1]};
-  return kernel(Tensors(operands, out.size()), out.first(1), spec, executor);
+Status choose_qparams(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  const Operands operands(Op::choose_qparams, in, out, spec);
+  return choose(in[0], operands.scales(), spec, executor);
+}
+
+/// The scale of the whole tensor, for a spec whose block scales are relative to one.
+Status choose_tensor_scale(const TensorView& x, const TensorView& scale, const QuantSpec& spec, Executor& executor) {
+  QuantSpec whole = spec;
+  whole.scale_format = ScaleFormat::global;
+  for (int64_t& b : whole.block) b = 0;
+  return choose(x, {&scale}, whole, executor);
+}
+
+/// Scales from the extremes of x, then what they are for. The operands are those of the dynamic operator.
+template <class Body, class Out>
+Status choose_then(const Operands& operands, const Out& out, const QuantSpec& spec, const QuantSpec& own,
+                   const Tiling& tiling, Executor& executor) {
+  const TensorView& x = *operands['x'];
+  const ScaleTensors scales = operands.scales();
+  if (scales.tensor_scale)
+    if (Status status = choose_tensor_scale(x, *scales.tensor_scale, spec, executor); !status.ok()) return status;
+  const Data values(x);
+  const Elementwise<Body, Data, Out> apply(values, nullptr, operands, x, out, own);
+  if (const GroupRuns runs(x, spec); runs.found && !scales.pair_bits) {
+    choose_runs(x, runs, scales, spec, executor,
+                [&](int64_t begin, int64_t count, const float* tile, const TileScales& tile_scales) {
+                  apply.tile(begin, count, tile, tile_scales);
+                });
+    return {};
+  }
+  if (Status status = choose(x, scales, spec, executor); !status.ok()) return status;
+  apply.run(tiling, executor);
+  return {};
 }
 
 Status quantize_dynamic(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  return choose_then(quantize, in, out, spec, executor);
+  const Operands operands(Op::quantize_dynamic, in, out, spec);
+  const TensorView& x = *operands['x'];
+  return choose_then<QuantizeBody>(operands, Codes(*operands['q'], spec, last_length(x)), spec, code_spec(spec),
+                                   Tiling(x.elements(), last_length(x), spec), executor);
 }
 
 Status fake_quantize_dynamic(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  return choose_then(fake_quantize, in, out, spec, executor);
+  const Operands operands(Op::fake_quantize_dynamic, in, out, spec);
+  return choose_then<FakeQuantizeBody>(operands, Data(out[0]), spec, spec, Tiling(in[0].elements(), 0, spec), executor);
 }
 
 /// ds = sum over the group of dx * (q - z), in float64 and in the fixed tree.
@@ -160,7 +219,7 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Execu
          grad,
          Data(grad),
          Codes(in[1], spec, last_length(grad)),
-         zero_point(in, 2),
+         in.size() > 2 ? &in[2] : nullptr,
          Data(in.size() > 2 ? in[2] : out[0]),
          Data(out[0])};
   const int64_t scales = out[0].elements();
@@ -168,16 +227,16 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Execu
       scales, scales == 0 ? 1 : grad.elements() / scales,
       [](void* context, int64_t first, int64_t last) {
         const Task& t = *static_cast<const Task*>(context);
-        Buffers buffers;
+        alignas(64) float grads[kTile], codes[kTile], zero;
         for (int64_t index = first; index < last; ++index) {
-          const float z = t.zero ? *t.zero_points.load(t.zero->elements() == 1 ? 0 : index, 1, buffers.z) : 0.0f;
+          const float z = t.zero ? *t.zero_points.load(t.zero->elements() == 1 ? 0 : index, 1, &zero) : 0.0f;
           TreeSum sum;
           for_each_run_of_scale(index, t.shape.shape, t.spec, [&](int64_t begin, int64_t n) {
             // Packed codes are read from a byte's start, so from a little earlier.
             for (int64_t at = begin; at < begin + n;) {
               const int64_t skip = t.codes.lead(at), count = min(kTile - skip, begin + n - at);
-              const float* q = t.codes.load(at - skip, count + skip, buffers.y) + skip;
-              const float* g = t.grad.load(at, count, buffers.x);
+              const float* q = t.codes.load(at - skip, count + skip, codes) + skip;
+              const float* g = t.grad.load(at, count, grads);
               for (int64_t i = 0; i < count; ++i) sum.add(double(g[i]) * (double(q[i]) - double(z)));
               at += count;
             }
@@ -201,8 +260,9 @@ double number(const TensorView& t) {
 /// dx = g inside the range, else 0; ds = n * sum(g * slope) over each group (numerics.h, slope_of).
 Status learn(Tensors in, Tensors out, const TensorView& scale, double factor, const QuantSpec& spec,
              Executor& executor) {
-  if (LearnScales::run(in[0], in[1], scale, zero_point(in, 4), out[0], out[1], factor, spec, executor)) return {};
-  return {ErrorKind::memory, "out of memory for the partial sums"};
+  const TensorView* zero = in.size() > 4 ? &in[4] : nullptr;
+  if (LearnScales::run(in[0], in[1], scale, zero, out[0], out[1], factor, spec, executor)) return {};
+  return out_of_memory("out of memory for the partial sums");
 }
 
 Status lsq_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {

@@ -17,8 +17,8 @@ from quark_jax.primitives import call
 from quark_jax.qtensor import QTensor
 from quark_kernels import documented, schema
 from quark_kernels.documented import Given, Layout, LearnPlan
-from quark_kernels.formats import ROUNDINGS
-from quark_kernels.schema import OpSpec, Shape
+from quark_kernels.formats import FIXED_ROUNDINGS
+from quark_kernels.schema import OpSpec, QParams
 from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 
 ONE: Any = np.float32(1)
@@ -73,25 +73,57 @@ def _spec(spec: object) -> QuantSpec:
     return as_spec(spec, None if spec is None else _dtype_name(spec))
 
 
-def _scales(
-    spec: QuantSpec, op_spec: OpSpec, shape: Shape, scale: Any, zero_point: Any
-) -> tuple[jax.Array, jax.Array | None] | None:
-    """The given scale and zero point in normal form; None where the scale is dynamic."""
+def _qparams(spec: QuantSpec, op_spec: OpSpec, x: jax.Array, scale: Any, zero_point: Any, seed: Any = None) -> QParams:
+    """The given scale, zero point and seed in normal form; no scale where it is dynamic."""
+    schema.check_seed(spec, given=seed is not None)
+    key = None if seed is None else _key(seed)
     schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
     if scale is None:
-        return None
-    if isinstance(scale, numbers.Real):
+        return QParams(key=key)
+    is_number = spec.scale_format in ("float32", "e4m3")
+    if isinstance(scale, numbers.Real) and is_number:
         scale = float32("scale", scale)
     if isinstance(zero_point, numbers.Integral):
         zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
-    scale = _narrow_scale("scale", check_array("scale", scale))
-    scale = scale.reshape(schema.scale_argument_shape("scale", scale.shape, spec, op_spec, shape))
+    scale = check_array("scale", scale)
+    if is_number:
+        scale = _narrow_scale("scale", scale).astype(np.float32)
+    schema.expect_scale_of(spec, scale.dtype.name)
+    normal = () if op_spec.has_global_scale else op_spec.scale_shape(x.shape)
+    schema.expect_scale_shape("scale", scale.shape, spec, normal, x.shape)
+    scale = scale.reshape(normal)
+    if op_spec.has_global_scale:
+        return QParams(_choose_blocks(x, scale, op_spec), scale, None, key)
     if zero_point is not None:
         zero_point = check_array("zero_point", zero_point)
         schema.expect_integer("zero_point", zero_point.dtype.name)
-        normal = schema.scale_argument_shape("zero_point", zero_point.shape, spec, op_spec, shape)
+        schema.expect_scale_shape("zero_point", zero_point.shape, spec, normal, x.shape)
         zero_point = _int32(zero_point.reshape(normal))
-    return scale.astype(np.float32), zero_point
+    return QParams(scale, None, None, key, zero_point)
+
+
+def _key(seed: Any) -> jax.Array | np.ndarray[Any, Any]:
+    """A seed as the two int32 words that the core takes."""
+    if isinstance(seed, (np.ndarray, np.generic)) and seed.dtype.kind in "iu":
+        documented.expect_single("seed", seed.shape)
+        seed = seed.item()
+    if isinstance(seed, int | numbers.Integral) and seed is not True and seed is not False:
+        return np.array(schema.seed_words(int(seed)), np.int32)
+    seed = check_array("seed", seed, "an integer or an array of one")
+    if not jnp.issubdtype(seed.dtype, jnp.integer):
+        raise TypeError(
+            f"seed has dtype {seed.dtype.name}; allowed: an integer dtype (jax.random.bits makes one of a key)"
+        )
+    documented.expect_single("seed", seed.shape)
+    seed = seed.reshape(())
+    if seed.dtype.itemsize > 4:
+        low, high = seed.astype(np.uint32), (seed >> 32).astype(np.uint32)
+    elif jnp.issubdtype(seed.dtype, jnp.signedinteger):
+        low = seed.astype(np.int32)
+        high = low >> 31
+    else:
+        low, high = seed.astype(np.uint32), jnp.zeros((), np.uint32)
+    return jnp.stack([jax.lax.bitcast_convert_type(word, np.int32) for word in (low, high)])
 
 
 def scale_array(name: str, scale: Any) -> jax.Array:
@@ -176,8 +208,8 @@ def _converted_backward(dtype: str, saved: jax.Array, grad: jax.Array) -> Any:
 converted.defvjp(_converted_forward, _converted_backward)
 
 
-def _part(a: jax.Array) -> schema.Part:
-    return schema.Part(a.shape, a.dtype.name)
+def _part(a: jax.Array | None) -> schema.Part | None:
+    return None if a is None else schema.Part(a.shape, a.dtype.name)
 
 
 def _public(a: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -197,6 +229,7 @@ def quantize(
     axis: int | None = None,
     group_size: int | None = None,
     packed: bool | None = None,
+    seed: jax.Array | int | None = None,
 ) -> QTensor:
     """Quantize ``x``: codes ``R(x / scale) + zero_point``, clamped to the format's range.
 
@@ -209,14 +242,20 @@ def quantize(
         x: any shape; float32, float16, bfloat16 or float64.
         spec: a preset's name, a dtype or a QuantSpec.
         scale: per tensor one element of any shape; else x's rank with one entry per group (1 where shared), or 1-D per
-            channel. None: dynamic, from the extremes of each group (NaN where a group holds NaN or inf).
+            channel. None: dynamic, from the extremes of each group (NaN where a group holds NaN or inf). float32,
+            float16 or bfloat16 for float32 scales; float8_e8m0fnu for e8m0 ones, int8 exponents for ``exponent``; for
+            e4m3 the one scale of the whole tensor, whose blocks' scales stay dynamic; microexponents take none.
         zero_point: integers shaped like ``scale``; for integer formats with a given scale. None: 0.
         axis: makes a per-tensor spec per channel; for a spec with groups, the axis they run along.
         group_size: makes a per-tensor spec per group along ``axis`` (default -1); for a spec with groups, their size.
-        packed: whether codes narrower than a byte share bytes, low bits first. None: for fp4 only.
+        packed: whether codes narrower than a byte share bytes, low bits first; for 8-bit codes with a shared exponent
+            (bfp16), whether a block is its exponent's byte and then its codes. None: for fp4 only.
+        seed: an integer of 64 bits, or an array of one (32 bits without jax_enable_x64), which may be traced: with
+            ``rounding="stochastic"``, and only then. Random word i of Philox4x32-10 (Salmon et al., SC'11) decides for
+            element i, whatever the device and the framework. ``jax.random.bits(key)`` makes a seed of a key.
 
     Returns:
-        A QTensor. Its scale is float32: 0-d per tensor, else x's rank.
+        A QTensor. Its scale is 0-d per tensor, else has x's rank.
 
     Raises:
         TypeError: a wrong kind of array or dtype.
@@ -225,21 +264,36 @@ def quantize(
     """
     x = check_data("x", x)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size, packed)
-    given = _scales(whole, op_spec, x.shape, scale, zero_point)
-    if given is None:
-        q, s, *z = _quantize_dynamic(x, op_spec)
-        zero = z[0] if z else None
+    packed = schema.use_packed(whole, packed)
+    params = _qparams(whole, op_spec, x, scale, zero_point, seed)
+    if params.scale is None:
+        q, params = _quantize_dynamic(x, params.key, op_spec)
     else:
-        s, zero = given
-        q = _quantize(x, s, zero, op_spec)
-    zero = None if zero is None else _public(zero, whole)
-    return QTensor(q, _public(s, whole), zero, None, None, whole, x.shape, x.dtype, op_spec.packed)
+        if schema.is_interleaved(whole, packed):
+            params = params._replace(scale=_exponent_code(params.scale))
+        q = _quantize(x, params, op_spec)
+    return _qtensor(q, params, whole, x, packed)
+
+
+def _qtensor(q: jax.Array, params: QParams, spec: QuantSpec, x: jax.Array, packed: bool) -> QTensor:
+    """Codes and scales as users see them."""
+    zero = None if params.zero_point is None else _public(params.zero_point, spec)
+    scale: Any = _public(params.scale, spec)
+    if schema.is_interleaved(spec, packed):
+        q, scale = _interleave(q, scale, schema.group_size(spec)), None
+    return QTensor(q, scale, zero, params.global_scale, params.pair_bits, spec, x.shape, x.dtype, packed)
+
+
+def _exponent_code(exponent: jax.Array) -> jax.Array:
+    """int8 exponents as E8M0 codes: 127 more, modulo 256."""
+    return (exponent.view(np.uint8) + np.uint8(127)).view(jnp.float8_e8m0fnu)
 
 
 def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     """Return the numbers that a QTensor stands for: ``(q - zero_point) * scale`` in float32, then ``dtype``.
 
-    Values beyond the dtype's largest finite one saturate; NaN scales give NaN. Differentiable to ``q.scale``.
+    Values beyond the dtype's largest finite one saturate; NaN scales give NaN. Differentiable to ``q.scale`` where that
+    is float32.
 
     Args:
         q: a QTensor of JAX arrays.
@@ -262,14 +316,37 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     schema.expect_float("dtype", name)
     if name == "float64" and jax.dtypes.canonicalize_dtype(name).name != name:
         raise TypeError("dtype is float64; JAX has it only with jax_enable_x64")
-    whole, op_spec = schema.plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
-    for part in ("qvalue", "scale", *([] if q.zero_point is None else ["zero_point"])):
-        check_array(f"q.{part}", getattr(q, part))
-    zero_part = None if q.zero_point is None else _part(q.zero_point)
-    normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
-    zero = None if q.zero_point is None else q.zero_point.reshape(normal)
-    y: jax.Array = _dequantize(q.qvalue, q.scale.reshape(normal), zero, op_spec)
+    shape = tuple(q.shape)
+    whole, op_spec = schema.plan(q.spec, shape, packed=q.packed, dtype=name)
+    given = {part: getattr(q, part) for part in q.ARRAYS}
+    parts = {part: None if a is None else check_array(f"q.{part}", a) for part, a in given.items()}
+    schema.check_parts(whole, op_spec, shape, q.packed, {part: _part(a) for part, a in parts.items()})
+    codes, scale, zero = (parts[name] for name in ("qvalue", "scale", "zero_point"))
+    if schema.is_interleaved(whole, q.packed):
+        codes, scale = _take_apart(codes, schema.group_size(whole), shape[-1])
+    assert scale is not None
+    normal = op_spec.scale_shape(shape)
+    zero = None if zero is None else zero.reshape(normal)
+    params = QParams(scale.reshape(normal), parts["global_scale"], parts["pair_bits"], None, zero)
+    y: jax.Array = _dequantize(codes, params, op_spec)
     return y
+
+
+def native_codes(q: QTensor) -> jax.Array:
+    """Return the codes in JAX's own dtype and the logical shape; see ``QTensor.native``."""
+    name = "float4_e2m1fn" if q.spec.format == "fp4" else q.spec.format
+    if q.spec.scale_format in ("exponent", "microexponents") or q.zero_point is not None:
+        raise ValueError(f"{q!r} has no native form: JAX's products take no shared exponents and no zero points")
+    if not q.spec.element.can_pack:
+        return q.qvalue
+    if not hasattr(jnp, name):
+        raise ValueError(f"JAX has no dtype for codes of {q.spec.format}")
+    codes = q.qvalue
+    if q.packed:
+        codes = unpack(codes, q.spec.element.bits, signed=q.spec.element.lo < 0)
+        codes = codes[..., : q.shape[-1]] if q.shape else codes[0]
+    native: jax.Array = _as_native(codes, name)
+    return native
 
 
 def fake_quantize(
@@ -281,6 +358,7 @@ def fake_quantize(
     axis: int | None = None,
     group_size: int | None = None,
     gradient: str = "clipped",
+    seed: jax.Array | int | None = None,
 ) -> jax.Array:
     """Return ``dequantize(quantize(x))`` in one pass, bit for bit, but NaN stays NaN in every format.
 
@@ -293,6 +371,7 @@ def fake_quantize(
         group_size: as for ``quantize``.
         gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through (float64 rounded to float32);
             ``"ste"``: always passed through.
+        seed: as for ``quantize``.
 
     Returns:
         An array of x's shape and dtype.
@@ -305,8 +384,8 @@ def fake_quantize(
     x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
-    s, zero = _scales(whole, op_spec, x.shape, scale, zero_point) or (None, None)
-    y: jax.Array = _fake_quantize(x, s, zero, op_spec, gradient)
+    params = _qparams(whole, op_spec, x, scale, zero_point, seed)
+    y: jax.Array = _fake_quantize(x, params, op_spec, gradient)
     return y
 
 
@@ -315,19 +394,26 @@ def choose_qparams(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return the scale and zero point that a dynamic ``quantize`` of ``x`` would use.
 
-    Symmetric specs: ``scale = max|x| / quant_max`` (the format's largest value for floats). Asymmetric ones:
-    ``scale = (max(x, 0) - min(x, 0)) / (quant_max - quant_min)`` and the zero point that puts 0 on a code. A group of
-    zeros gets scale 1, one with NaN or inf gets NaN; a scale is never 0, subnormal or infinite. Its gradient is zero.
+    Symmetric specs: ``scale = max|x| / quant_max`` (the format's largest value for floats), or a power of two by the
+    spec's ``scale_rule``. Asymmetric ones: ``scale = (max(x, 0) - min(x, 0)) / (quant_max - quant_min)`` and the zero
+    point that puts 0 on a code. A group of zeros gets scale 1 (the least power of two), one with NaN or inf gets NaN; a
+    float32 scale is never 0, subnormal or infinite. Its gradient is zero.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
         spec: as for ``quantize``.
         axis: as for ``quantize``.
         group_size: as for ``quantize``.
-        method: ``"absmax"`` or ``"minmax"``: both take the group's extreme values.
+        method: what is taken for the extreme values of a group of n. ``"absmax"``, ``"minmax"``: they themselves.
+            ``"percentile=P"`` (``"percentile"``: P = 99.99): those of nearest rank, the ``ceil(P / 100 * n)``-th
+            smallest of |x|, or, asymmetric, of max(-x, 0) and of max(x, 0). ``"mse"``: of the shares 1, 0.99, ... 0.21
+            of them the one that leaves the least sum of ``(fake_quantize(x) - x)^2``, the largest of equals. The last
+            two for float32 and e8m0 scales only.
 
     Returns:
-        The scale (float32; 0-d per tensor, else x's rank) and the zero point (int32, same shape; None if symmetric).
+        The scale (0-d per tensor, else x's rank), as ``quantize`` takes it: float32, float8_e8m0fnu for e8m0, int8
+        exponents, and for e4m3 the whole array's float32 scale. And the zero point (int32, same shape; None if
+        symmetric).
 
     Raises:
         TypeError: a wrong kind of array or dtype.
@@ -335,10 +421,12 @@ def choose_qparams(
 
     """
     x = check_data("x", x)
-    one_of("method", method, schema.METHODS)
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
-    s, *z = [_public(a, whole) for a in choose(x, op_spec)]
-    return s, z[0] if z else None
+    params = choose(x, op_spec.choosing(schema.expect_method(whole, method)))
+    if op_spec.has_global_scale:
+        return params.global_scale, None
+    zero = params.zero_point
+    return _public(params.scale, whole), None if zero is None else _public(zero, whole)
 
 
 def lsq_quantize(
@@ -378,7 +466,7 @@ def lsq_quantize(
 
     """
     x = check_data("x", x)
-    one_of("rounding", rounding, ROUNDINGS)
+    one_of("rounding", rounding, FIXED_ROUNDINGS)
     s, z = scale_array("scale", scale), zero_point_array(zero_point)
     plan = documented.everyday_lsq_plan(x.shape, given(s), given(z), quant_min, quant_max, axis, rounding)
     factor = documented.grad_factor(x.size, s.size, quant_max) if grad_factor is None else grad_factor
@@ -417,7 +505,7 @@ def tqt_quantize(
 
     """
     x = check_data("x", x)
-    one_of("rounding", rounding, ROUNDINGS)
+    one_of("rounding", rounding, FIXED_ROUNDINGS)
     t, z = scale_array("log_threshold", log_threshold), zero_point_array(zero_point)
     plan, domain = documented.everyday_tqt_plan(x.shape, given(t), given(z), bits, rounding)
     return learned("tqt", x, t, number_array("domain", domain), z, plan)
@@ -486,85 +574,119 @@ def _along_last(name: str, codes: jax.Array, axis: int, spec: OpSpec) -> jax.Arr
 
 
 @partial(jax.jit, static_argnums=1)
-def choose(x: jax.Array, spec: OpSpec) -> list[jax.Array]:
-    """Return dynamic scales, and zero points where the spec is asymmetric, in normal form."""
-    return call("choose_qparams", [jax.lax.stop_gradient(x)], spec)
+def _as_native(codes: jax.Array, name: str) -> jax.Array:
+    dtype = jnp.dtype(name)
+    if name.startswith("float4"):
+        return jax.lax.bitcast_convert_type(codes.view(np.uint8).astype(jnp.uint4), dtype)
+    return codes.astype(dtype)
 
 
 @partial(jax.jit, static_argnums=1)
-def _quantize_dynamic(x: jax.Array, spec: OpSpec) -> list[jax.Array]:
-    return call("quantize_dynamic", [jax.lax.stop_gradient(x)], spec)
+def choose(x: jax.Array, spec: OpSpec) -> QParams:
+    """Return dynamic scales, and what else the spec has with them, in normal form."""
+    x = jax.lax.stop_gradient(x)
+    whole = call("choose_qparams", [x], spec.global_spec())[0] if spec.has_global_scale else None
+    params = schema.qparams("choose_qparams", spec, call("choose_qparams", [x, whole], spec))
+    return params._replace(global_scale=whole)
 
 
-@partial(jax.jit, static_argnums=3)
-def _quantize(x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
-    return call("quantize", [jax.lax.stop_gradient(x), jax.lax.stop_gradient(scale), zero_point], spec)[0]
+@partial(jax.jit, static_argnums=2)
+def _choose_blocks(x: jax.Array, global_scale: jax.Array, spec: OpSpec) -> jax.Array:
+    return call("choose_qparams", [jax.lax.stop_gradient(x), jax.lax.stop_gradient(global_scale)], spec)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _fake_quantize_vjp(
-    x: jax.Array, scale: jax.Array | None, zero_point: jax.Array | None, spec: OpSpec, gradient: str
-) -> jax.Array:
-    if scale is None:
-        return call("fake_quantize_dynamic", [x], spec)[0]
-    return call("fake_quantize", [x, scale, zero_point], spec)[0]
+@partial(jax.jit, static_argnums=2)
+def _quantize_dynamic(x: jax.Array, key: jax.Array | None, spec: OpSpec) -> tuple[jax.Array, QParams]:
+    q, *outs = call("quantize_dynamic", [jax.lax.stop_gradient(x), key], spec)
+    return q, schema.qparams("quantize_dynamic", spec, outs)
+
+
+@partial(jax.jit, static_argnums=2)
+def _quantize(x: jax.Array, params: QParams, spec: OpSpec) -> jax.Array:
+    return call("quantize", [jax.lax.stop_gradient(x), *jax.lax.stop_gradient(params)], spec)[0]
+
+
+@partial(jax.jit, static_argnums=2)
+def _interleave(q: jax.Array, scale: jax.Array, size: int) -> jax.Array:
+    """Blocks of bytes: the exponent's code, then the codes; the last block of a row is filled with zeros."""
+    blocks = scale.shape[-1]
+    fill = [(0, 0)] * (q.ndim - 1) + [(0, blocks * size - q.shape[-1])]
+    codes = jnp.pad(q.view(np.uint8), fill).reshape(*q.shape[:-1], blocks, size)
+    whole = jnp.concatenate([scale.view(np.uint8)[..., None], codes], -1)
+    return whole.reshape(*q.shape[:-1], blocks * (size + 1))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _take_apart(q: jax.Array, size: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """The codes and the exponents' codes of packed blocks."""
+    outer, count = q.shape[:-1], -(-length // size)
+    blocks = q.reshape(*outer, count, size + 1)
+    codes = blocks[..., 1:].reshape(*outer, count * size)[..., :length]
+    return codes.view(np.int8), blocks[..., 0].view(jnp.float8_e8m0fnu)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _fake_quantize_vjp(x: jax.Array, params: QParams, spec: OpSpec, gradient: str) -> jax.Array:
+    if params.scale is None:
+        return call("fake_quantize_dynamic", [x, params.key], spec)[0]
+    return call("fake_quantize", [x, *params], spec)[0]
 
 
 # Forward rules call differentiable functions and backward rules are linear ones, so gradients have gradients.
 
 
-def _fake_quantize_forward(x: Any, scale: Any, zero_point: Any, spec: OpSpec, gradient: str) -> tuple[jax.Array, Any]:
-    given = scale
-    if given is None:
-        scale, *zero = call("choose_qparams", [jax.lax.stop_gradient(x)], spec)
-        zero_point = zero[0] if zero else None
-    y = _fake_quantize_vjp(x, scale, zero_point, spec, gradient)
-    return y, ((x, scale, zero_point) if gradient == "clipped" else None, given)
+def _fake_quantize_forward(x: Any, params: QParams, spec: OpSpec, gradient: str) -> tuple[jax.Array, Any]:
+    if params.scale is None:
+        params = choose(x, spec)._replace(key=params.key)
+    y = _fake_quantize_vjp(x, params, spec, gradient)
+    return y, ((x, params) if gradient == "clipped" else None)
 
 
 def _fake_quantize_backward(spec: OpSpec, gradient: str, saved: Any, grad: jax.Array) -> Any:
-    operands, given = saved
     if gradient == "clipped":
-        grad = _clip(grad, *jax.lax.stop_gradient(operands), spec)
-    return grad, None if given is None else jnp.zeros_like(given), None
+        grad = _clip(grad, *jax.lax.stop_gradient(saved), spec)
+    return grad, None
 
 
 _fake_quantize_vjp.defvjp(_fake_quantize_forward, _fake_quantize_backward)
-_fake_quantize = jax.jit(_fake_quantize_vjp, static_argnums=(3, 4))
+_fake_quantize = jax.jit(_fake_quantize_vjp, static_argnums=(2, 3))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _clip(grad: jax.Array, x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _clip(grad: jax.Array, x: jax.Array, params: QParams, spec: OpSpec) -> jax.Array:
     """The clipped gradient: linear in ``grad``, so its own gradient is clipped alike; x only says where."""
-    return call("fake_quantize_backward", [x, grad, scale, zero_point], spec)[0]
+    return call("fake_quantize_backward", [x, grad, *params], spec)[0]
 
 
-def _clip_forward(grad: Any, x: Any, scale: Any, zero_point: Any, spec: OpSpec) -> tuple[jax.Array, Any]:
-    return _clip(grad, x, scale, zero_point, spec), (x, scale, zero_point)
+def _clip_forward(grad: Any, x: Any, params: QParams, spec: OpSpec) -> tuple[jax.Array, Any]:
+    return _clip(grad, x, params, spec), (x, params)
 
 
 def _clip_backward(spec: OpSpec, saved: Any, grad: jax.Array) -> Any:
-    return _clip(grad, *saved, spec), None, None, None
+    return _clip(grad, *saved, spec), None, None
 
 
 _clip.defvjp(_clip_forward, _clip_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dequantize_vjp(q: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
-    return call("dequantize", [q, scale, zero_point], spec)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dequantize_vjp(q: jax.Array, params: QParams, spec: OpSpec) -> jax.Array:
+    return call("dequantize", [q, *params], spec)[0]
 
 
-def _dequantize_forward(q: Any, scale: Any, zero_point: Any, spec: OpSpec) -> tuple[jax.Array, Any]:
-    return _dequantize_vjp(q, scale, zero_point, spec), (q, zero_point)
+def _dequantize_forward(q: Any, params: QParams, spec: OpSpec) -> tuple[jax.Array, Any]:
+    return _dequantize_vjp(q, params, spec), (q, params.zero_point)
 
 
 def _dequantize_backward(spec: OpSpec, saved: Any, grad: jax.Array) -> Any:
-    return None, _to_scale(grad, *saved, spec), None
+    if not spec.has_float32_scales:
+        return None, None
+    q, zero_point = saved
+    return None, QParams(_to_scale(grad, q, zero_point, spec))
 
 
 _dequantize_vjp.defvjp(_dequantize_forward, _dequantize_backward)
-_dequantize = jax.jit(_dequantize_vjp, static_argnums=3)
+_dequantize = jax.jit(_dequantize_vjp, static_argnums=2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -579,7 +701,7 @@ def _to_scale_forward(grad: Any, q: Any, zero_point: Any, spec: OpSpec) -> tuple
 
 def _to_scale_backward(spec: OpSpec, saved: Any, dscale: jax.Array) -> Any:
     q, zero_point = saved
-    return _dequantize_vjp(q, dscale, zero_point, spec), None, None
+    return _dequantize_vjp(q, QParams(dscale, zero_point=zero_point), spec), None, None
 
 
 _to_scale.defvjp(_to_scale_forward, _to_scale_backward)

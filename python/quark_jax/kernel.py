@@ -287,7 +287,7 @@ def non_scaled_real_quantize(
     x = check_data("input_tensor", input_tensor)
     plan = documented.slot_plan(quant_dtype, x.shape, mx_element_dtype, axis, block_size)
     blocks = x.reshape(plan.split)
-    (scale,) = choose(blocks, plan.spec)
+    scale = choose(blocks, plan.spec).scale
     values = _passing("quantize_values", blocks, scale, None, plan.spec)
     return jnp.concatenate([scale, values], axis=plan.axis).reshape(plan.result)
 

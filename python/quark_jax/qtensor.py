@@ -18,7 +18,7 @@ class QTensor(QTensorBase):
     """A quantized JAX array; see ``QTensorBase`` for the attributes. A pytree whose leaves are the arrays."""
 
     qvalue: jax.Array
-    scale: jax.Array
+    scale: Any
     zero_point: jax.Array | None
     global_scale: jax.Array | None
     pair_bits: jax.Array | None
@@ -32,6 +32,21 @@ class QTensor(QTensorBase):
         from quark_jax.functions import dequantize
 
         return dequantize(self, dtype)
+
+    def native(self) -> tuple[jax.Array, jax.Array]:
+        """Return codes in JAX's own dtype and scales, as ``lax.scaled_dot`` and ``jax.nn.scaled_matmul`` take them.
+
+        Returns:
+            Codes of the logical shape: narrow integers as int2, int4, uint2 or uint4, fp4 as ``float4_e2m1fn``, others
+            as they are; and the scales. The product of nvfp4 arrays is to be multiplied by their ``global_scale``.
+
+        Raises:
+            ValueError: JAX has no dtype for the codes.
+
+        """
+        from quark_jax.functions import native_codes
+
+        return native_codes(self), self.scale
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
         """Return the arrays with their names, and what is static."""

@@ -328,7 +328,7 @@ def block_plan(quant_dtype: str, shape: Shape, mx_element_dtype: str | None, axi
             if FORMATS[words[0]].bits < 8:
                 words.append("plus_zero")
         case "bfp16":
-            words = ["int8", "scale=exponent", "ieee"]
+            words = ["int8", "scale=exponent", "rule=fit", "ieee"]
         case _:
             if size % 2:
                 raise ValueError(f"block_size is {size}; {quant_dtype} has pairs, allowed: an even number")

@@ -44,3 +44,5 @@ class ElementFormat(NamedTuple):
 
 FORMATS: dict[str, ElementFormat] = {row[0]: ElementFormat(*row) for row in _core.formats()}
 ROUNDINGS: tuple[str, ...] = tuple(_core.roundings())
+FIXED_ROUNDINGS: tuple[str, ...] = tuple(name for name in ROUNDINGS if name != "stochastic")
+"""Those that need no random numbers."""

@@ -24,8 +24,16 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 INTEGER_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "int64")
 LONGEST = 2**62
 """No axis is longer, so a longer group is none either."""
-METHODS = ("absmax", "minmax")
+METHODS = ("absmax", "minmax", "percentile", "percentile=P", "mse")
+PERCENTILE = 99.99
+"""What ``method="percentile"`` means."""
 GRADIENTS = ("clipped", "ste")
+OPTIONAL = {"g": "global_scale", "p": "pair_bits", "k": "key", "z": "zero_point"}
+"""The letters of tensors that only some calls have (``cpp/ops.inc``), with their names."""
+PAIR_BYTE = 16
+"""Elements along an axis that share a byte of pair bits."""
+SCALE_STORAGE = {"e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn", "exponent": "int8", "microexponents": "int8"}
+"""The dtype of stored scales, where it isn't float32."""
 
 
 class Op(NamedTuple):
@@ -46,6 +54,16 @@ class Op(NamedTuple):
         return self.outs.endswith("z")
 
 
+class QParams(NamedTuple):
+    """What turns numbers into codes: arrays of a framework in the core's normal form, None where there is none."""
+
+    scale: Any = None
+    global_scale: Any = None
+    pair_bits: Any = None
+    key: Any = None
+    zero_point: Any = None
+
+
 OPS: dict[str, Op] = {row[0]: Op(*row) for row in _core.ops()}
 
 
@@ -64,6 +82,8 @@ class OpSpec:
     """Logical length of the last axis where codes are packed."""
     dtype: str | None = None
     """Name of the dtype of data outputs and unpacked codes; None: that of the data input, and the format's."""
+    scales: str | None = None
+    """Name of the dtype of scale outputs; None: float32."""
     text: str = field(init=False, compare=False, repr=False)
     """The core's text form, made once."""
 
@@ -78,6 +98,8 @@ class OpSpec:
             words.append(f"length={self.length}")
         if self.dtype is not None:
             words.append(f"dtype={self.dtype}")
+        if self.scales is not None:
+            words.append(f"scales={self.scales}")
         object.__setattr__(self, "text", " ".join(words))
 
     def __str__(self) -> str:
@@ -88,7 +110,7 @@ class OpSpec:
     @lru_cache(4096)
     def parse(cls, text: str) -> OpSpec:
         """Read what ``str()`` wrote."""
-        words, block, packed, length, dtype = [], None, False, None, None
+        words, block, packed, length, dtype, scales = [], None, False, None, None, None
         for word in text.split():
             key, _, value = word.partition("=")
             match key:
@@ -100,9 +122,11 @@ class OpSpec:
                     length = int(value)
                 case "dtype":
                     dtype = value
+                case "scales":
+                    scales = value
                 case _:
                     words.append(word)
-        return cls(tuple(words), block, packed, length, dtype)
+        return cls(tuple(words), block, packed, length, dtype, scales)
 
     @property
     def bits(self) -> int:
@@ -127,15 +151,56 @@ class OpSpec:
         """Whether dynamic scales come with zero points."""
         return "asymmetric" in self.words
 
+    def takes(self, letter: str) -> bool:
+        """Whether calls have a tensor of this letter, where the operator's row does. A zero point input is optional."""
+        needed = {"g": "scale=e4m3", "p": "scale=microexponents", "k": "rounding=stochastic"}
+        return letter not in needed or needed[letter] in self.words
+
+    @property
+    def has_float32_scales(self) -> bool:
+        """Whether scales are numbers that have a gradient."""
+        return not any(word.startswith("scale=") for word in self.words)
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether block scales are relative to a scale of the whole tensor."""
+        return self.takes("g")
+
+    def global_spec(self) -> OpSpec:
+        """Return the spec that chooses the scale of the whole tensor."""
+        assert self.block is not None
+        words = tuple("scale=global" if word == "scale=e4m3" else word for word in self.words)
+        return OpSpec(words, (0,) * len(self.block))
+
+    def choosing(self, method: str = "absmax") -> OpSpec:
+        """Return the spec that chooses scales by ``method``. Random numbers have no part in that."""
+        words = [word for word in self.words if word != "rounding=stochastic"]
+        if method.startswith("percentile"):
+            percent = method.partition("=")[2] or PERCENTILE
+            words.append(f"method=percentile:{float(percent)!r}")
+        elif method == "mse":
+            words.append("method=mse")
+        return replace(self, words=tuple(words), packed=False, length=None, dtype=None)
+
+    def pair_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the pair bits of data of this shape: its own, with a byte for 16 elements of one axis."""
+        assert self.block is not None
+        (axis,) = (d for d, size in enumerate(self.block) if size != 1)
+        return (*shape[:axis], -(-shape[axis] // PAIR_BYTE), *shape[axis + 1 :])
+
 
 def op_spec(spec: QuantSpec, shape: Shape, packed: bool = False, dtype: str | None = None) -> OpSpec:
     """Return the OpSpec of ``spec`` for data of this shape."""
+    interleaved = is_interleaved(spec, packed)
+    packed = packed and not interleaved
     return OpSpec(
         (spec.format, *spec.core_words()),
         block_of(spec, shape),
         packed,
         (shape[-1] if shape else 1) if packed else None,
         dtype,
+        # A packed block starts with its exponent as an E8M0 code.
+        SCALE_STORAGE["e8m0"] if interleaved else SCALE_STORAGE.get(spec.scale_format),
     )
 
 
@@ -163,7 +228,10 @@ def _plan(
     spec: QuantSpec, shape: Shape, axis: int | None, group_size: int | None, packed: bool | None, dtype: str | None
 ) -> tuple[QuantSpec, OpSpec]:
     whole = spec.along(axis, group_size)
-    return whole, op_spec(whole, shape, use_packed(whole, packed), dtype)
+    packed = use_packed(whole, packed)
+    if is_interleaved(whole, packed):
+        _expect_interleaved(whole, len(shape))
+    return whole, op_spec(whole, shape, packed, dtype)
 
 
 _cached_plan = lru_cache(4096)(_plan)
@@ -235,7 +303,14 @@ def stored_shape(spec: OpSpec, shape: Shape) -> Shape:
 def outputs(op: Op, spec: OpSpec, shape: Shape, dtype: str) -> list[tuple[Shape, str]]:
     """Return the shape and dtype name of every output, for data (or codes) of this logical shape and dtype."""
     kinds = op.outs[:-1] if op.gives_zero_point and not spec.is_asymmetric else op.outs
-    return [_output(kind, spec, shape, dtype) for kind in kinds]
+    return [_output(kind, spec, shape, dtype) for kind in kinds if spec.takes(kind)]
+
+
+def qparams(name: str, spec: OpSpec, outs: Any) -> QParams:
+    """Return the last outputs of an operator, which are scales and what goes with them."""
+    letters = [letter for letter in OPS[name].outs.lstrip("xq") if spec.takes(letter)]
+    given = dict(zip(letters, outs, strict=False))
+    return QParams(given["s"], given.get("g"), given.get("p"), None, given.get("z"))
 
 
 def _output(kind: str, spec: OpSpec, shape: Shape, dtype: str) -> tuple[Shape, str]:
@@ -244,8 +319,14 @@ def _output(kind: str, spec: OpSpec, shape: Shape, dtype: str) -> tuple[Shape, s
             return shape, spec.dtype or dtype
         case "q":
             return stored_shape(spec, shape), spec.code_dtype if spec.packed else spec.dtype or spec.code_dtype
+        case "s":
+            return spec.scale_shape(shape), spec.scales or "float32"
+        case "g":
+            return (), "float32"
+        case "p":
+            return spec.pair_shape(shape), "uint8"
         case _:
-            return spec.scale_shape(shape), "float32" if kind == "s" else "int32"
+            return spec.scale_shape(shape), "int32"
 
 
 def logical_shape(op: Op, spec: OpSpec, shapes: list[Shape]) -> Shape:
@@ -325,19 +406,58 @@ def expect_zero_point(dtype: str) -> None:
         raise TypeError(f"zero_point has dtype {dtype}; allowed: {', '.join((*INTEGER_DTYPES, *SCALE_DTYPES))}")
 
 
-def scale_argument_shape(name: str, given: Shape, spec: QuantSpec, op_spec: OpSpec, shape: Shape) -> Shape:
-    """Return the normal form of the shape of a given scale or zero point.
+def expect_scale_of(spec: QuantSpec, dtype: str, name: str = "scale") -> None:
+    """Raise TypeError unless a given scale has the dtype that the spec's scale format takes."""
+    if spec.scale_format in ("float32", "e4m3"):
+        expect_scale(dtype, name)
+    elif dtype != SCALE_STORAGE[spec.scale_format]:
+        allowed = SCALE_STORAGE[spec.scale_format]
+        raise TypeError(f"{name} has dtype {dtype}; scales of {spec} are {allowed}, as choose_qparams gives them")
+
+
+def expect_method(spec: QuantSpec, method: object) -> str:
+    """Return the method of choose_qparams. Raises ValueError unless it is one that the spec's scales can have."""
+    name, equals, percent = method.partition("=") if isinstance(method, str) else ("", "", "")
+    good = name in ("absmax", "minmax", "mse") and not equals
+    if name == "percentile":
+        try:
+            good = not equals or 0 < float(percent) <= 100
+        except ValueError:
+            good = False
+    if not good:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)} with 0 < P <= 100")
+    assert isinstance(method, str)
+    if name in ("mse", "percentile") and spec.scale_format not in ("float32", "e8m0"):
+        raise ValueError(f"method is {method!r}; scales of format {spec.scale_format} are chosen by absmax only")
+    return method
+
+
+def check_seed(spec: QuantSpec, *, given: bool) -> None:
+    """Raise ValueError where a seed (True: given) doesn't go with the spec's rounding."""
+    if given and spec.rounding != "stochastic":
+        raise ValueError(f"seed is given; rounding is {spec.rounding!r}, and only 'stochastic' takes a seed")
+    if not given and spec.rounding == "stochastic":
+        raise ValueError("seed is None; rounding='stochastic' needs one, an integer")
+
+
+def seed_words(seed: int) -> tuple[int, int]:
+    """Return a seed as 64-bit two's complement: the low and the high word, each as an int32."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; allowed: integers of 64 bits, from -2^63 to 2^64 - 1")
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
+def expect_scale_shape(name: str, given: Shape, spec: QuantSpec, normal: Shape, shape: Shape) -> None:
+    """Raise ValueError unless a scale or zero point of this shape can be brought into its normal form.
 
     Allowed are the normal form itself, any shape of one element where there is one scale, and 1-D per channel.
     """
-    normal = op_spec.scale_shape(shape)
-    if given == normal:
-        return normal
-    if all(n == 1 for n in normal) and all(n == 1 for n in given):
-        return normal
+    if given == normal or (set(normal) <= {1} and set(given) <= {1}):
+        return
     channel = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None
     if channel is not None and given == (shape[channel],):
-        return normal
+        return
     also = (
         f", or ({shape[channel]},)"
         if channel is not None
@@ -352,8 +472,12 @@ def check_scale_arguments(spec: QuantSpec, *, scale: bool, zero_point: bool) -> 
     """Raise ValueError where the given scale and zero point (True: given) don't go with the spec or each other."""
     if spec.element.is_cast and scale:
         raise ValueError(f"scale is given; {spec.format} is a cast and has no scales")
+    if spec.scale_format == "microexponents" and scale:
+        raise ValueError("scale is given; microexponents come with a bit for each pair, so they are dynamic only")
     if zero_point and not spec.element.is_integer:
         raise ValueError(f"zero_point is given; {spec.format} has none, only integer formats do")
+    if zero_point and spec.scale_format != "float32":
+        raise ValueError(f"zero_point is given; scales of format {spec.scale_format} have none")
     if zero_point and not scale:
         raise ValueError("zero_point is given without scale; give both, or neither for a dynamic scale")
 
@@ -365,29 +489,70 @@ class Part(NamedTuple):
     dtype: str
 
 
-def check_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, qvalue: Part, scale: Part, zero: Part | None) -> Shape:
-    """Return the normal form of a QTensor's scale shape. Raises where its parts don't fit together."""
-    expected = stored_shape(op_spec, shape)
-    if qvalue.shape != expected:
-        raise ValueError(f"q.qvalue has shape {qvalue.shape}; a QTensor of shape {shape} has codes of shape {expected}")
-    if qvalue.dtype != op_spec.code_dtype:
-        raise TypeError(f"q.qvalue has dtype {qvalue.dtype}; codes of {spec.format} have dtype {op_spec.code_dtype}")
-    if scale.dtype != "float32":
-        raise TypeError(f"q.scale has dtype {scale.dtype}; allowed: float32")
+def check_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, packed: bool, parts: dict[str, Part | None]) -> None:
+    """Raise where a QTensor's parts, by name, don't fit together."""
+    interleaved = is_interleaved(spec, packed)
+    normal = op_spec.scale_shape(shape)
+    scale_dtype = SCALE_STORAGE.get(spec.scale_format, "float32")
+    expected: dict[str, Part | None] = {
+        "qvalue": Part(stored_shape(op_spec, shape), op_spec.code_dtype),
+        "scale": Part(normal, scale_dtype),
+        "global_scale": Part((), "float32") if op_spec.has_global_scale else None,
+        "pair_bits": Part(op_spec.pair_shape(shape), "uint8") if op_spec.takes("p") else None,
+    }
+    if interleaved:
+        expected |= {"qvalue": Part(interleaved_shape(spec, shape), "uint8"), "scale": None}
+    for name, want in expected.items():
+        got = parts[name]
+        if got is None or want is None:
+            if (got is None) != (want is None):
+                what = "is None" if got is None else "is given"
+                form = f"{spec}{' packed' if packed else ''}"
+                raise ValueError(f"q.{name} {what}; a QTensor of {form} has {'one' if want else 'none'}")
+            continue
+        if got.dtype != want.dtype:
+            raise TypeError(f"q.{name} has dtype {got.dtype}; {name} of {spec} has dtype {want.dtype}")
+        if name == "scale":
+            expect_scale_shape("q.scale", got.shape, spec, normal, shape)
+        elif got.shape != want.shape:
+            raise ValueError(f"q.{name} has shape {got.shape}; a QTensor of shape {shape} has {name} of {want.shape}")
+    zero = parts["zero_point"]
     if zero is not None:
         check_scale_arguments(spec, scale=not spec.element.is_cast, zero_point=True)
         expect_integer("q.zero_point", zero.dtype)
-        scale_argument_shape("q.zero_point", zero.shape, spec, op_spec, shape)
-    return scale_argument_shape("q.scale", scale.shape, spec, op_spec, shape)
+        expect_scale_shape("q.zero_point", zero.shape, spec, normal, shape)
 
 
 def use_packed(spec: QuantSpec, packed: bool | None) -> bool:
     """Return whether codes are packed: as asked, by default for fp4 only."""
     if packed is None:
         return spec.format == "fp4"
-    if packed and not spec.element.can_pack:
+    if packed and not spec.element.can_pack and not is_interleaved(spec, packed):
         raise ValueError(f"packed is True; a code of {spec.format} fills its bytes already, there is nothing to pack")
     return packed
+
+
+def is_interleaved(spec: QuantSpec, packed: bool) -> bool:
+    """Whether packed blocks are bytes of their own: the exponent's E8M0 code, then the codes (BFP16)."""
+    return packed and spec.scale_format == "exponent" and spec.element.bits == 8
+
+
+def _expect_interleaved(spec: QuantSpec, rank: int) -> None:
+    granularity = spec.granularity
+    if not isinstance(granularity, PerGroup) or granularity.axis not in (-1, rank - 1):
+        raise ValueError(f"packed is True; {spec} has packed blocks only in groups along the last axis")
+
+
+def group_size(spec: QuantSpec) -> int:
+    """Return the size of the groups of a spec that has groups."""
+    assert isinstance(spec.granularity, PerGroup)
+    return spec.granularity.size
+
+
+def interleaved_shape(spec: QuantSpec, shape: Shape) -> Shape:
+    """Return the shape of packed blocks: each has one byte more than it has codes."""
+    size = group_size(spec)
+    return (*shape[:-1], -(-shape[-1] // size) * (size + 1))
 
 
 def unpack_spec(bits: int, *, signed: bool, packed_length: int) -> OpSpec:

@@ -55,8 +55,15 @@ class PerToken:
 
 Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
 
-SCALE_FORMATS = ("float32",)
-SCALE_RULES = ("absmax",)
+SCALE_RULES: dict[str, tuple[str, ...]] = {
+    "float32": ("absmax",),
+    "e8m0": ("floor", "ceil", "even", "rceil"),
+    "e4m3": ("absmax",),
+    "exponent": ("floor",),
+    "microexponents": ("floor",),
+}
+"""How a dynamic scale of each format may follow from its group; the first rule is the default."""
+SCALE_FORMATS = tuple(SCALE_RULES)
 
 
 def as_int(name: str, value: Any, least: int | None = None) -> int:
@@ -88,9 +95,17 @@ class QuantSpec:
     Args:
         format: name of the number format, a key of ``quark_kernels.FORMATS``.
         granularity: who shares a scale.
-        scale_format: how scales are stored; ``"float32"``.
-        scale_rule: how a dynamic scale follows from its group; None is ``"absmax"``, from the extreme values.
-        rounding: ``half_even``, ``half_up``, ``half_away``, ``floor``, ``ceil`` or ``toward_zero``.
+        scale_format: how scales are stored. ``"float32"``; ``"e8m0"``: powers of two (OCP MX 1.0, 5.3.1); ``"e4m3"``:
+            fp8 numbers, relative to a float32 scale of the whole tensor (NVFP4); ``"exponent"``: the group's exponent
+            E, a code is worth 2^(E - bits + 2) (block floating point); ``"microexponents"``: the same, halved for pairs
+            of neighbours that both lie below 2^E (MX6 and MX9, arXiv 2302.08007).
+        scale_rule: how a dynamic scale follows from its group. ``"absmax"`` for float32 and e4m3: the extreme value
+            lands on the end of the range. For e8m0, amax being m * 2^E with 1 <= m < 2, and emax the exponent of the
+            format's largest value, the scale is 2^(E - emax): with ``"floor"`` (OCP MX 1.0, 6.3; the default) as it is,
+            with ``"ceil"`` once more where m > 1, with ``"even"`` where amax would round up to a next power of two on
+            the element's grid, with ``"rceil"`` where amax would saturate. None: the format's default.
+        rounding: ``half_even``, ``half_up``, ``half_away``, ``floor``, ``ceil``, ``toward_zero``, or ``stochastic``: up
+            with the probability of the distance from the value below, by random numbers that a ``seed`` gives.
         symmetric: False gives dynamic scales of an integer format a zero point. True by default for every format; the
             presets ``uint2`` to ``uint16`` have False.
         quant_min: the least code, where it isn't the format's own; integer formats only.
@@ -117,8 +132,13 @@ class QuantSpec:
         one_of("scale_format", self.scale_format, SCALE_FORMATS)
         one_of("rounding", self.rounding, ROUNDINGS)
         if self.scale_rule is not None:
-            one_of("scale_rule", self.scale_rule, SCALE_RULES)
-            object.__setattr__(self, "scale_rule", None)  # absmax is what None means: one value, one spec
+            rules = SCALE_RULES[self.scale_format]
+            if self.scale_rule not in rules:
+                raise ValueError(
+                    f"scale_rule is {self.scale_rule!r}; scales of format {self.scale_format} take {', '.join(rules)}"
+                )
+            if self.scale_rule == rules[0]:
+                object.__setattr__(self, "scale_rule", None)  # what None means: one value, one spec
         if not isinstance(self.granularity, Granularity):
             raise TypeError(
                 f"granularity is {self.granularity!r}; allowed: PerTensor(), PerChannel(axis), PerGroup(size, axis), "
@@ -127,13 +147,26 @@ class QuantSpec:
         if not isinstance(self.symmetric, bool):
             raise TypeError(f"symmetric is {self.symmetric!r}; allowed: True or False")
         row = self.element
-        if row.is_cast and (self.granularity != PerTensor() or self.rounding != "half_even"):
+        is_plain = self.rounding == "half_even" and self.scale_format == "float32"
+        if row.is_cast and not (is_plain and self.granularity == PerTensor()):
             raise ValueError(
                 f"{self.format} is a cast: it has no scales and rounds half_even; use QuantSpec({self.format!r})"
             )
         if not row.is_integer and not self.symmetric:
             raise ValueError(f"symmetric is False; {self.format} has no zero point, only integer formats have one")
         self._check_range(row)
+        self._check_scale_format(row)
+
+    def _check_scale_format(self, row: ElementFormat) -> None:
+        name = self.scale_format
+        if name != "float32" and not self.symmetric:
+            raise ValueError(f"symmetric is False; scales of format {name} go with symmetric specs only")
+        if name in ("exponent", "microexponents") and not (row.is_integer and row.lo < 0 and row.bits >= 3):
+            raise ValueError(
+                f"scale_format is {name!r}; it goes with signed integers of 3 bits or more, not {row.name}"
+            )
+        if name == "microexponents" and not (isinstance(self.granularity, PerGroup) and self.granularity.size % 2 == 0):
+            raise ValueError(f"granularity is {self.granularity}; microexponents need PerGroup of an even size")
 
     def _check_range(self, row: ElementFormat) -> None:
         for name, value in (("quant_min", self.quant_min), ("quant_max", self.quant_max)):
@@ -170,13 +203,15 @@ class QuantSpec:
                 words.append(f"tile={rows},{columns}")
             case PerToken():
                 words.append("token")
-        if self.scale_format != "float32":
-            words.append(f"scale={self.scale_format}")
         return " ".join([*words, *self.core_words()])
 
     def core_words(self) -> list[str]:
-        """Return what the core's spec says in the same words: rounding, symmetry and range."""
+        """Return what the core's spec says in the same words: all but format and granularity."""
         words = []
+        if self.scale_format != "float32":
+            words.append(f"scale={self.scale_format}")
+        if self.scale_rule is not None:
+            words.append(f"rule={self.scale_rule}")
         if self.rounding != "half_even":
             words.append(f"rounding={self.rounding}")
         if not self.symmetric:
@@ -213,6 +248,8 @@ class QuantSpec:
                         values["symmetric"] = False
                     case "scale":
                         values["scale_format"] = value
+                    case "rule":
+                        values["scale_rule"] = value
                     case "rounding":
                         values["rounding"] = value
                     case "min" | "max":
@@ -261,7 +298,15 @@ class QuantSpec:
 def _presets() -> dict[str, QuantSpec]:
     names = "int2 int3 int4 int8 int16 uint2 uint4 uint8 uint16 fp8_e4m3 fp8_e5m2 fp8_e4m3fnuz fp8_e5m2fnuz"
     names += " fp6_e3m2 fp6_e2m3 fp4 bf16 fp16"
-    return {name: QuantSpec(name, symmetric=not name.startswith("uint")) for name in names.split()}
+    presets = {name: QuantSpec(name, symmetric=not name.startswith("uint")) for name in names.split()}
+    for element in ("fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4"):
+        presets[f"mx{element}"] = QuantSpec(element, PerGroup(32), scale_format="e8m0")
+    presets["mxint8"] = QuantSpec("int8f6", PerGroup(32), scale_format="e8m0")
+    presets["nvfp4"] = QuantSpec("fp4", PerGroup(16), scale_format="e4m3")
+    presets["mx6"] = QuantSpec("int5", PerGroup(16), scale_format="microexponents", quant_min=-15)
+    presets["mx9"] = QuantSpec("int8", PerGroup(16), scale_format="microexponents", quant_min=-127)
+    presets["bfp16"] = QuantSpec("int8", PerGroup(8), scale_format="exponent")
+    return presets
 
 
 PRESETS: dict[str, QuantSpec] = _presets()

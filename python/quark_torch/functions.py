@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from quark_kernels import documented, schema
 from quark_kernels.documented import Given, Layout, LearnPlan
-from quark_kernels.formats import ROUNDINGS
-from quark_kernels.schema import OpSpec
+from quark_kernels.formats import FIXED_ROUNDINGS
+from quark_kernels.schema import OpSpec, QParams
 from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 from quark_torch.ops import call, call_out, dtype_name
 from quark_torch.qtensor import QTensor
@@ -60,16 +60,18 @@ def _float32(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.float32, device=like.device)
 
 
-def _scales(
-    spec: QuantSpec, op_spec: OpSpec, x: torch.Tensor, scale: Any, zero_point: Any
-) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """The given scale and zero point in normal form; None where the scale is dynamic."""
+def _qparams(
+    spec: QuantSpec, op_spec: OpSpec, x: torch.Tensor, scale: Any, zero_point: Any, seed: Any = None
+) -> QParams:
+    """The given scale, zero point and seed in normal form; no scale where it is dynamic."""
+    schema.check_seed(spec, given=seed is not None)
+    key = None if seed is None else _key(seed, x)
     schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
     if scale is None:
-        return None
-    if isinstance(scale, numbers.Real):
+        return QParams(key=key)
+    if isinstance(scale, numbers.Real) and spec.scale_format in ("float32", "e4m3"):
         scale = _float32("scale", scale, x)
-    schema.expect_scale(dtype_name(check_tensor("scale", scale).dtype))
+    schema.expect_scale_of(spec, dtype_name(check_tensor("scale", scale).dtype))
     if isinstance(zero_point, numbers.Integral):
         zero_point = torch.tensor(schema.int32_zero_point(int(zero_point)), dtype=torch.int32, device=x.device)
     if zero_point is not None:
@@ -78,11 +80,28 @@ def _scales(
     for name, t in (("scale", scale), ("zero_point", zero_point)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device}; x is on {x.device}, allowed: the same device")
-    scale = scale.reshape(schema.scale_argument_shape("scale", tuple(scale.shape), spec, op_spec, shape)).float()
+    normal = () if op_spec.has_global_scale else op_spec.scale_shape(shape)
+    schema.expect_scale_shape("scale", tuple(scale.shape), spec, normal, shape)
+    scale = scale.detach().reshape(normal)
+    if op_spec.has_global_scale:
+        scale = scale.float()
+        return QParams(call("choose_qparams", [x.detach(), scale], op_spec), scale, None, key)
     if zero_point is not None:
-        normal = schema.scale_argument_shape("zero_point", tuple(zero_point.shape), spec, op_spec, shape)
+        schema.expect_scale_shape("zero_point", tuple(zero_point.shape), spec, normal, shape)
         zero_point = _int32(zero_point.reshape(normal))
-    return scale, zero_point
+    return QParams(scale.float() if spec.scale_format == "float32" else scale, None, None, key, zero_point)
+
+
+def _key(seed: Any, like: torch.Tensor) -> torch.Tensor:
+    """A seed as the two int32 words that the core takes."""
+    if isinstance(seed, int | numbers.Integral) and seed is not True and seed is not False:
+        return torch.tensor(schema.seed_words(int(seed)), dtype=torch.int32, device=like.device)
+    seed = _beside("seed", check_tensor("seed", seed, "an integer or a torch.Tensor of one"), like)
+    if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool:
+        raise TypeError(f"seed has dtype {dtype_name(seed.dtype)}; allowed: an integer dtype")
+    documented.expect_single("seed", tuple(seed.shape))
+    words: torch.Tensor = seed.detach().reshape(1).to(torch.int64).view(torch.int32)
+    return words
 
 
 def scale_tensor(name: str, scale: Any, like: torch.Tensor) -> torch.Tensor:
@@ -155,8 +174,8 @@ def converted(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return t if t.dtype == dtype else _Converted.apply(t, dtype)  # type: ignore[no-untyped-call]
 
 
-def _part(t: torch.Tensor) -> schema.Part:
-    return schema.Part(tuple(t.shape), dtype_name(t.dtype))
+def _part(t: torch.Tensor | None) -> schema.Part | None:
+    return None if t is None else schema.Part(tuple(t.shape), dtype_name(t.dtype))
 
 
 def _public(t: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -176,6 +195,7 @@ def quantize(
     axis: int | None = None,
     group_size: int | None = None,
     packed: bool | None = None,
+    seed: torch.Tensor | int | None = None,
 ) -> QTensor:
     """Quantize ``x``: codes ``R(x / scale) + zero_point``, clamped to the format's range.
 
@@ -186,14 +206,19 @@ def quantize(
         x: any shape; float32, float16, bfloat16 or float64.
         spec: a preset's name, a torch dtype or a QuantSpec.
         scale: per tensor one element of any shape; else x's rank with one entry per group (1 where shared), or 1-D per
-            channel. None: dynamic, from the extremes of each group (NaN where a group holds NaN or inf).
+            channel. None: dynamic, from the extremes of each group (NaN where a group holds NaN or inf). float32,
+            float16 or bfloat16 for float32 scales; float8_e8m0fnu for e8m0 ones, int8 exponents for ``exponent``; for
+            e4m3 the one scale of the whole tensor, whose blocks' scales stay dynamic; microexponents take none.
         zero_point: integers shaped like ``scale``; for integer formats with a given scale. None: 0.
         axis: makes a per-tensor spec per channel; for a spec with groups, the axis they run along.
         group_size: makes a per-tensor spec per group along ``axis`` (default -1); for a spec with groups, their size.
-        packed: whether codes narrower than a byte share bytes, low bits first. None: for fp4 only.
+        packed: whether codes narrower than a byte share bytes, low bits first; for 8-bit codes with a shared exponent
+            (bfp16), whether a block is its exponent's byte and then its codes. None: for fp4 only.
+        seed: an integer of 64 bits, or a tensor of one: with ``rounding="stochastic"``, and only then. Random word i of
+            Philox4x32-10 (Salmon et al., SC'11) decides for element i, whatever the device and the framework.
 
     Returns:
-        A QTensor. Its scale is float32: 0-d per tensor, else x's rank.
+        A QTensor. Its scale is 0-d per tensor, else has x's rank.
 
     Raises:
         TypeError: a wrong kind of tensor or dtype.
@@ -203,21 +228,52 @@ def quantize(
     x = check_data("x", x)
     shape = tuple(x.shape)
     whole, op_spec = _plan(_spec(spec), shape, axis, group_size, packed)
-    given = _scales(whole, op_spec, x, scale, zero_point)
-    if given is None:
-        q, s, *z = call("quantize_dynamic", [x.detach()], op_spec)
-        zero = z[0] if z else None
+    packed = schema.use_packed(whole, packed)
+    params = _qparams(whole, op_spec, x, scale, zero_point, seed)
+    if params.scale is None:
+        q, *outs = call("quantize_dynamic", [x.detach(), params.key], op_spec)
+        params = schema.qparams("quantize_dynamic", op_spec, outs)
     else:
-        s, zero = given
-        q = call("quantize", [x.detach(), s.detach(), zero], op_spec)
-    zero = None if zero is None else _public(zero, whole)
-    return QTensor(q, _public(s, whole), zero, None, None, whole, shape, x.dtype, op_spec.packed)
+        if schema.is_interleaved(whole, packed):
+            params = params._replace(scale=_exponent_code(params.scale))
+        q = call("quantize", [x.detach(), *params], op_spec)
+    return _qtensor(q, params, whole, x, packed)
+
+
+def _qtensor(q: torch.Tensor, params: QParams, spec: QuantSpec, x: torch.Tensor, packed: bool) -> QTensor:
+    """Codes and scales as users see them."""
+    zero = None if params.zero_point is None else _public(params.zero_point, spec)
+    scale: Any = _public(params.scale, spec)
+    if schema.is_interleaved(spec, packed):
+        q, scale = _interleave(q, scale, schema.group_size(spec)), None
+    return QTensor(q, scale, zero, params.global_scale, params.pair_bits, spec, tuple(x.shape), x.dtype, packed)
+
+
+def _exponent_code(exponent: torch.Tensor) -> torch.Tensor:
+    """int8 exponents as E8M0 codes: 127 more, modulo 256."""
+    return (exponent.view(torch.uint8) + 127).view(torch.float8_e8m0fnu)
+
+
+def _interleave(q: torch.Tensor, scale: torch.Tensor, size: int) -> torch.Tensor:
+    """Blocks of bytes: the exponent's code, then the codes; the last block of a row is filled with zeros."""
+    blocks = scale.shape[-1]
+    codes = torch.nn.functional.pad(q.view(torch.uint8), (0, blocks * size - q.shape[-1]))
+    codes = codes.reshape(*q.shape[:-1], blocks, size)
+    return torch.cat([scale.view(torch.uint8).unsqueeze(-1), codes], -1).flatten(-2)
+
+
+def _take_apart(q: torch.Tensor, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes and the exponents' codes of packed blocks."""
+    blocks = q.reshape(*q.shape[:-1], -(-length // size), size + 1)
+    codes = blocks[..., 1:].flatten(-2)[..., :length].view(torch.int8)
+    return codes, blocks[..., 0].contiguous().view(torch.float8_e8m0fnu)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return the numbers that a QTensor stands for: ``(q - zero_point) * scale`` in float32, then ``dtype``.
 
-    Values beyond the dtype's largest finite one saturate; NaN scales give NaN. Differentiable to ``q.scale``.
+    Values beyond the dtype's largest finite one saturate; NaN scales give NaN. Differentiable to ``q.scale`` where that
+    is float32.
 
     Args:
         q: a QTensor of torch tensors.
@@ -237,16 +293,22 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         raise TypeError(f"dtype is {dtype!r}; allowed: a torch.dtype or None")
     name = dtype_name(q.dtype if dtype is None else dtype)
     schema.expect_float("dtype", name)
-    whole, op_spec = _plan(q.spec, tuple(q.shape), packed=q.packed, dtype=name)
-    for part in ("qvalue", "scale", *([] if q.zero_point is None else ["zero_point"])):
-        if check_tensor(f"q.{part}", getattr(q, part)).device != q.qvalue.device:
-            raise ValueError(f"q.{part} is on {getattr(q, part).device}; q.qvalue is on {q.qvalue.device}")
-    zero_part = None if q.zero_point is None else _part(q.zero_point)
-    normal = schema.check_parts(whole, op_spec, tuple(q.shape), _part(q.qvalue), _part(q.scale), zero_part)
-    scale, zero = q.scale.reshape(normal), None if q.zero_point is None else q.zero_point.reshape(normal)
-    if _needs_function(scale):
-        return _Dequantize.apply(q.qvalue, scale, zero, op_spec)  # type: ignore[no-any-return,no-untyped-call]
-    return call("dequantize", [q.qvalue, scale, zero], op_spec)  # type: ignore[no-any-return]
+    shape = tuple(q.shape)
+    whole, op_spec = _plan(q.spec, shape, packed=q.packed, dtype=name)
+    parts = {part: getattr(q, part) for part in q.ARRAYS}
+    for part, t in parts.items():
+        if t is not None and check_tensor(f"q.{part}", t).device != check_tensor("q.qvalue", q.qvalue).device:
+            raise ValueError(f"q.{part} is on {t.device}; q.qvalue is on {q.qvalue.device}")
+    schema.check_parts(whole, op_spec, shape, q.packed, {part: _part(t) for part, t in parts.items()})
+    codes, scale = q.qvalue, q.scale
+    if schema.is_interleaved(whole, q.packed):
+        codes, scale = _take_apart(codes, schema.group_size(whole), shape[-1])
+    normal = op_spec.scale_shape(shape)
+    scale, zero = scale.reshape(normal), None if q.zero_point is None else q.zero_point.reshape(normal)
+    if whole.scale_format == "float32" and _needs_function(scale):
+        return _Dequantize.apply(codes, scale, zero, op_spec)  # type: ignore[no-any-return,no-untyped-call]
+    params = QParams(scale, q.global_scale, q.pair_bits, None, zero)
+    return call("dequantize", [codes, *params], op_spec)  # type: ignore[no-any-return]
 
 
 def fake_quantize(
@@ -258,6 +320,7 @@ def fake_quantize(
     axis: int | None = None,
     group_size: int | None = None,
     gradient: str = "clipped",
+    seed: torch.Tensor | int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``dequantize(quantize(x))`` in one pass, bit for bit, but NaN stays NaN in every format.
@@ -271,6 +334,7 @@ def fake_quantize(
         group_size: as for ``quantize``.
         gradient: ``"clipped"``: zero where x saturated (or is NaN), else passed through (float64 rounded to float32);
             ``"ste"``: always passed through.
+        seed: as for ``quantize``.
         out: where to write, of x's shape, dtype and device: x itself, or a tensor whose memory range is apart from x's.
             No gradient.
 
@@ -285,18 +349,17 @@ def fake_quantize(
     x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
     whole, op_spec = _plan(_spec(spec), tuple(x.shape), axis, group_size)
-    given = _scales(whole, op_spec, x, scale, zero_point)
+    params = _qparams(whole, op_spec, x, scale, zero_point, seed)
     if out is not None:
-        return _fake_quantize_out(x, given, op_spec, out)
-    s, zero = given if given is not None else (None, None)
+        return _fake_quantize_out(x, params, op_spec, out)
     if _needs_function(x):
-        return _FakeQuantize.apply(x, s, zero, op_spec, gradient)  # type: ignore[no-any-return,no-untyped-call]
-    if s is None:
-        return call("fake_quantize_dynamic", [x], op_spec)[0]  # type: ignore[no-any-return]
-    return call("fake_quantize", [x, s.detach(), zero], op_spec)  # type: ignore[no-any-return]
+        return _FakeQuantize.apply(x, op_spec, gradient, *params)  # type: ignore[no-any-return,no-untyped-call]
+    if params.scale is None:
+        return call("fake_quantize_dynamic", [x, params.key], op_spec)[0]  # type: ignore[no-any-return]
+    return call("fake_quantize", [x, *params], op_spec)  # type: ignore[no-any-return]
 
 
-def _fake_quantize_out(x: torch.Tensor, given: Any, op_spec: OpSpec, out: torch.Tensor) -> torch.Tensor:
+def _fake_quantize_out(x: torch.Tensor, params: QParams, op_spec: OpSpec, out: torch.Tensor) -> torch.Tensor:
     check_tensor("out", out)
     if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
@@ -307,19 +370,21 @@ def _fake_quantize_out(x: torch.Tensor, given: Any, op_spec: OpSpec, out: torch.
         raise ValueError(
             "out is given and a gradient is recorded; allowed: either, so use torch.no_grad() or leave out= out"
         )
-    if given is None:
-        s, *z = _choose(x, op_spec)
-        given = (s, z[0] if z else None)
+    if params.scale is None:
+        params = choose(x, op_spec)._replace(key=params.key)
     try:
-        return call_out("fake_quantize", [x, given[0].detach(), given[1]], op_spec, out)
+        return call_out("fake_quantize", [x, *params], op_spec, out)
     except ValueError as error:
         raise ValueError(f"out can't be written to: {error}; allowed: x itself, or memory apart from x's") from None
 
 
-def _choose(x: torch.Tensor, op_spec: OpSpec) -> tuple[torch.Tensor, ...]:
-    """Dynamic scales, and zero points where the spec is asymmetric, in normal form."""
-    outs = call("choose_qparams", [x.detach()], op_spec)
-    return outs if isinstance(outs, tuple) else (outs,)
+def choose(x: torch.Tensor, spec: OpSpec) -> QParams:
+    """Return dynamic scales, and what else the spec has with them, in normal form."""
+    x = x.detach()
+    whole = call("choose_qparams", [x], spec.global_spec()) if spec.has_global_scale else None
+    outs = call("choose_qparams", [x, whole], spec)
+    params = schema.qparams("choose_qparams", spec, outs if isinstance(outs, tuple) else (outs,))
+    return params._replace(global_scale=whole)
 
 
 def choose_qparams(
@@ -332,19 +397,26 @@ def choose_qparams(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the scale and zero point that a dynamic ``quantize`` of ``x`` would use.
 
-    Symmetric specs: ``scale = max|x| / quant_max`` (the format's largest value for floats). Asymmetric ones:
-    ``scale = (max(x, 0) - min(x, 0)) / (quant_max - quant_min)`` and the zero point that puts 0 on a code. A group of
-    zeros gets scale 1, one with NaN or inf gets NaN; a scale is never 0, subnormal or infinite. Not differentiable.
+    Symmetric specs: ``scale = max|x| / quant_max`` (the format's largest value for floats), or a power of two by the
+    spec's ``scale_rule``. Asymmetric ones: ``scale = (max(x, 0) - min(x, 0)) / (quant_max - quant_min)`` and the zero
+    point that puts 0 on a code. A group of zeros gets scale 1 (the least power of two), one with NaN or inf gets NaN; a
+    float32 scale is never 0, subnormal or infinite. Not differentiable.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
         spec: as for ``quantize``.
         axis: as for ``quantize``.
         group_size: as for ``quantize``.
-        method: ``"absmax"`` or ``"minmax"``: both take the group's extreme values.
+        method: what is taken for the extreme values of a group of n. ``"absmax"``, ``"minmax"``: they themselves.
+            ``"percentile=P"`` (``"percentile"``: P = 99.99): those of nearest rank, the ``ceil(P / 100 * n)``-th
+            smallest of |x|, or, asymmetric, of max(-x, 0) and of max(x, 0). ``"mse"``: of the shares 1, 0.99, ... 0.21
+            of them the one that leaves the least sum of ``(fake_quantize(x) - x)^2``, the largest of equals. The last
+            two for float32 and e8m0 scales only.
 
     Returns:
-        The scale (float32; 0-d per tensor, else x's rank) and the zero point (int32, same shape; None if symmetric).
+        The scale (0-d per tensor, else x's rank), as ``quantize`` takes it: float32, float8_e8m0fnu for e8m0, int8
+        exponents, and for e4m3 the whole tensor's float32 scale. And the zero point (int32, same shape; None if
+        symmetric).
 
     Raises:
         TypeError: a wrong kind of tensor or dtype.
@@ -352,11 +424,13 @@ def choose_qparams(
 
     """
     x = check_data("x", x)
-    one_of("method", method, schema.METHODS)
-    shape = tuple(x.shape)
-    whole, op_spec = _plan(_spec(spec), shape, axis, group_size)
-    s, *z = [_public(t, whole) for t in _choose(x, op_spec)]
-    return s, z[0] if z else None
+    whole, op_spec = _plan(_spec(spec), tuple(x.shape), axis, group_size)
+    op_spec = op_spec.choosing(schema.expect_method(whole, method))
+    if op_spec.has_global_scale:
+        return call("choose_qparams", [x.detach()], op_spec.global_spec()), None
+    params = choose(x, op_spec)
+    zero = params.zero_point
+    return _public(params.scale, whole), None if zero is None else _public(zero, whole)
 
 
 def lsq_quantize(
@@ -396,7 +470,7 @@ def lsq_quantize(
 
     """
     x = check_data("x", x)
-    one_of("rounding", rounding, ROUNDINGS)
+    one_of("rounding", rounding, FIXED_ROUNDINGS)
     s, z = scale_tensor("scale", scale, x), zero_point_tensor(zero_point, x)
     plan = documented.everyday_lsq_plan(tuple(x.shape), given(s), given(z), quant_min, quant_max, axis, rounding)
     factor = documented.grad_factor(x.numel(), s.numel(), quant_max) if grad_factor is None else grad_factor
@@ -436,7 +510,7 @@ def tqt_quantize(
 
     """
     x = check_data("x", x)
-    one_of("rounding", rounding, ROUNDINGS)
+    one_of("rounding", rounding, FIXED_ROUNDINGS)
     t, z = scale_tensor("log_threshold", log_threshold, x), zero_point_tensor(zero_point, x)
     plan, domain = documented.everyday_tqt_plan(tuple(x.shape), given(t), given(z), bits, rounding)
     number = number_tensor("domain", domain, x)
@@ -520,37 +594,39 @@ class _Converted(torch.autograd.Function):
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: Any, zero_point: Any, spec: OpSpec, gradient: str) -> torch.Tensor:
-        if scale is None:
-            y, scale, *zero = call("fake_quantize_dynamic", [x], spec)
-            zero_point = zero[0] if zero else None
+    def forward(ctx: Any, x: torch.Tensor, spec: OpSpec, gradient: str, *given: Any) -> torch.Tensor:
+        params = QParams(*given)
+        if params.scale is None:
+            y, *outs = call("fake_quantize_dynamic", [x, params.key], spec)
+            params = schema.qparams("fake_quantize_dynamic", spec, outs)._replace(key=params.key)
         else:
-            y = call("fake_quantize", [x, scale, zero_point], spec)
+            y = call("fake_quantize", [x, *params], spec)
         ctx.spec, ctx.gradient = spec, gradient
         if gradient == "clipped":
-            ctx.save_for_backward(x, scale, zero_point)
+            ctx.save_for_backward(x, *params)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         if ctx.gradient == "clipped":
-            x, scale, zero_point = ctx.saved_tensors
-            grad = _Clip.apply(grad, x.detach(), scale, zero_point, ctx.spec)  # type: ignore[no-untyped-call]
-        return grad, None, None, None, None
+            x, *params = ctx.saved_tensors
+            grad = _Clip.apply(grad, ctx.spec, x.detach(), *params)  # type: ignore[no-untyped-call]
+        return grad, *[None] * (2 + len(QParams._fields))
 
 
 class _Clip(torch.autograd.Function):
     """The clipped gradient: linear in ``grad``, so its own gradient is clipped alike; x only says where."""
 
     @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, x: Any, scale: Any, zero_point: Any, spec: OpSpec) -> torch.Tensor:
+    def forward(ctx: Any, grad: torch.Tensor, spec: OpSpec, x: torch.Tensor, *params: Any) -> torch.Tensor:
         ctx.spec = spec
-        ctx.save_for_backward(x, scale, zero_point)
-        return call("fake_quantize_backward", [x, grad, scale, zero_point], spec)  # type: ignore[no-any-return]
+        ctx.save_for_backward(x, *params)
+        return call("fake_quantize_backward", [x, grad, *params], spec)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Clip.apply(grad, *ctx.saved_tensors, ctx.spec), None, None, None, None  # type: ignore[no-untyped-call]
+        grad = _Clip.apply(grad, ctx.spec, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return grad, *[None] * (2 + len(QParams._fields))
 
 
 class _Dequantize(torch.autograd.Function):

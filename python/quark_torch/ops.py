@@ -1,19 +1,20 @@
 """The core's operators as torch operators, ``torch.ops.quark_kernels.*``: one template over the operator table.
 
-An operator takes its row's tensors and the spec as a string. Where the row ends in an optional zero point, the overload
-``.zero_point`` has it and the default overload doesn't. ``fake_quantize`` also has ``.out`` overloads.
+An operator takes its row's tensors and the spec as a string. What only some calls have (a zero point, a tensor's scale,
+pair bits, a random key) is in overloads of these names; the default overload has none of it. ``fake_quantize`` also has
+``.out`` overloads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.library import Library, register_fake
 
 from quark_kernels import _core
-from quark_kernels.schema import OPS, Op, OpSpec, logical_shape, outputs
+from quark_kernels.schema import OPS, OPTIONAL, Op, OpSpec, logical_shape, outputs
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"quark_torch can't be used: torch {torch.__version__} is installed; it needs torch >= 2.10")
@@ -73,18 +74,31 @@ def _kernel_out(op: Op) -> Callable[..., None]:
     return run
 
 
-def _define(op: Op, *, zero_point: bool, out: bool = False) -> None:
+def _overload(letters: str, *, out: bool = False) -> str:
+    """The overload of calls that have these of the optional tensors."""
+    return "_".join([OPTIONAL[letter] for letter in letters] + ["out"] * out) or "default"
+
+
+def _variants(op: Op) -> Iterator[str]:
+    """The combinations of an operator's optional tensors. Scales have one of three extras, any of them with a key."""
+    for extra in ("", "g", "p", "z"):
+        for key in ("", "k"):
+            letters = "".join(sorted(extra + key))
+            if all(letter in op.ins + op.outs for letter in letters):
+                yield letters
+
+
+def _define(op: Op, letters: str, *, out: bool = False) -> None:
     """Define and implement one overload."""
-    ins, outs = op.ins, op.outs
-    if not zero_point:
-        ins, outs = ins.removesuffix("z"), outs.removesuffix("z")
-    overload = "_".join(word for word, present in (("zero_point", zero_point), ("out", out)) if present)
-    name = f"{op.name}.{overload}" if overload else op.name
-    arguments = ", ".join(f"Tensor {kind}{i}" for i, kind in enumerate(ins))
+    present = [letter for letter in op.ins if letter not in OPTIONAL or letter in letters]
+    results = [letter for letter in op.outs if letter not in OPTIONAL or letter in letters]
+    overload = _overload(letters, out=out)
+    name = op.name if overload == "default" else f"{op.name}.{overload}"
+    arguments = ", ".join(f"Tensor {kind}{i}" for i, kind in enumerate(present))
     if out:
         result, arguments = "()", f"{arguments}, str spec, Tensor(a!) out"
     else:
-        result = "Tensor" if len(outs) == 1 else f"({', '.join(['Tensor'] * len(outs))})"
+        result = "Tensor" if len(results) == 1 else f"({', '.join(['Tensor'] * len(results))})"
         arguments = f"{arguments}, str spec"
     _library.define(f"{name}({arguments}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _kernel_out(op) if out else _kernel(op), "CPU")
@@ -92,25 +106,30 @@ def _define(op: Op, *, zero_point: bool, out: bool = False) -> None:
 
 
 for _op in OPS.values():
-    _define(_op, zero_point=False)
-    if _op.takes_zero_point or _op.gives_zero_point:
-        _define(_op, zero_point=True)
-for _with_zero_point in (False, True):
-    _define(OPS["fake_quantize"], zero_point=_with_zero_point, out=True)
+    for _letters in _variants(_op):
+        _define(_op, _letters)
+for _letters in _variants(OPS["fake_quantize"]):
+    _define(OPS["fake_quantize"], _letters, out=True)
+
+
+def _find(name: str, given: Sequence[torch.Tensor], spec: OpSpec, *, out: bool = False) -> Any:
+    """The overload of a call."""
+    op = OPS[name]
+    letters = [letter for letter in "gkp" if letter in op.ins + op.outs and spec.takes(letter)]
+    inputs = sum(1 for letter in op.ins if letter not in OPTIONAL or letter in letters)
+    if (spec.is_asymmetric and op.gives_zero_point) or len(given) > inputs:
+        letters.append("z")
+    return getattr(getattr(OPERATORS, name), _overload("".join(letters), out=out))
 
 
 def call(name: str, tensors: Sequence[torch.Tensor | None], spec: OpSpec) -> Any:
-    """Call an operator's overload for these tensors; a zero point that is None is left out."""
-    op = OPS[name]
+    """Call an operator's overload for these tensors, which are in the order of its row; None is left out."""
     given = [t for t in tensors if t is not None]
-    with_zero_point = spec.is_asymmetric if op.gives_zero_point else len(given) == len(op.ins) and op.takes_zero_point
-    packet = getattr(OPERATORS, name)
-    return (packet.zero_point if with_zero_point else packet.default)(*given, spec.text)
+    return _find(name, given, spec)(*given, spec.text)
 
 
 def call_out(name: str, tensors: Sequence[torch.Tensor | None], spec: OpSpec, out: torch.Tensor) -> torch.Tensor:
     """Call an operator's ``out`` overload and return ``out``."""
     given = [t for t in tensors if t is not None]
-    packet = getattr(OPERATORS, name)
-    (packet.zero_point_out if len(given) == len(OPS[name].ins) else packet.out)(*given, spec.text, out)
+    _find(name, given, spec, out=True)(*given, spec.text, out)
     return out

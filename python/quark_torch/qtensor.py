@@ -17,7 +17,7 @@ class QTensor(QTensorBase):
     """A quantized torch tensor; see ``QTensorBase`` for the attributes. A torch pytree whose leaves are the tensors."""
 
     qvalue: torch.Tensor
-    scale: torch.Tensor
+    scale: Any
     zero_point: torch.Tensor | None
     global_scale: torch.Tensor | None
     pair_bits: torch.Tensor | None
@@ -31,6 +31,47 @@ class QTensor(QTensorBase):
         from quark_torch.functions import dequantize
 
         return dequantize(self, dtype)
+
+    def native(self, *, swizzled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the codes and scales as torch's own scaled matrix products take them, without a computation.
+
+        Args:
+            swizzled: False: scales as they are, which ROCm takes. True: 2-D scales in the tiles of 128 by 4 that CUDA's
+                ``torch._scaled_mm`` takes, as one flat tensor: rows filled to 128 and columns to 4 with zero bytes,
+                scale (r, c) of C columns at ``((r // 128) * ceil(C / 4) + c // 4) * 512 + (r % 32) * 16 + (r % 128 // 32)
+                * 4 + c % 4``.
+
+        Returns:
+            Packed fp4 codes as ``float4_e2m1fn_x2``, others as they are; and the scales. The product of nvfp4 tensors
+            is to be multiplied by their ``global_scale``.
+
+        Raises:
+            ValueError: torch has no dtype for the codes, or the scales can't be swizzled.
+
+        """
+        codes, scale = self.qvalue, self.scale
+        if self.spec.scale_format in ("exponent", "microexponents") or self.zero_point is not None:
+            raise ValueError(
+                f"{self!r} has no native form: torch's products take no shared exponents and no zero points"
+            )
+        if self.spec.format == "fp4":
+            if not self.packed:
+                raise ValueError(
+                    "fp4 codes are one a byte; torch takes packed ones, allowed: quantize(..., packed=True)"
+                )
+            codes = codes.view(torch.float4_e2m1fn_x2)
+        elif self.packed or self.spec.element.can_pack:
+            raise ValueError(f"torch has no dtype for codes of {self.spec.format}")
+        if not swizzled:
+            return codes, scale
+        if scale.dim() != 2 or scale.element_size() != 1:
+            raise ValueError(
+                f"swizzled is True; the scales are {scale.dtype} {tuple(scale.shape)}, allowed: 2-D of 8 bits"
+            )
+        rows, columns = -(-scale.shape[0] // 128), -(-scale.shape[1] // 4)
+        fill = (0, columns * 4 - scale.shape[1], 0, rows * 128 - scale.shape[0])
+        tiles = torch.nn.functional.pad(scale.view(torch.uint8), fill).reshape(rows, 4, 32, columns, 4)
+        return codes, tiles.permute(0, 3, 2, 1, 4).flatten().view(scale.dtype)
 
     @property
     def device(self) -> torch.device:
