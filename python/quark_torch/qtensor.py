@@ -38,8 +38,8 @@ class QTensor(QTensorBase):
         Args:
             swizzled: False: scales as they are, which ROCm takes. True: 2-D scales in the tiles of 128 by 4 that CUDA's
                 ``torch._scaled_mm`` takes, as one flat tensor: rows filled to 128 and columns to 4 with zero bytes,
-                scale (r, c) of C columns at ``((r // 128) * ceil(C / 4) + c // 4) * 512 + (r % 32) * 16 + (r % 128 // 32)
-                * 4 + c % 4``.
+                scale (r, c) of C columns at ``((r // 128) * ceil(C / 4) + c // 4) * 512 + (r % 32) * 16
+                + (r % 128 // 32) * 4 + c % 4``.
 
         Returns:
             Packed fp4 codes as ``float4_e2m1fn_x2``, others as they are; and the scales. The product of nvfp4 tensors
