@@ -144,12 +144,18 @@ QUARK_INLINE Grid make_grid(const QuantSpec& spec, DType data = DType::float32) 
   return g;
 }
 
-/// floor(f * 2^32), f in [0, 1): in halves, as there is no conversion to unsigned everywhere.
+/// floor(t), t from 0 to 2^22.
+QUARK_INLINE float floor_of_small(float t) {
+  const float nearest = (t + 0x1p23f) - 0x1p23f;
+  return nearest - (nearest > t ? 1.0f : 0.0f);
+}
+
+/// floor(f * 2^32), f in [0, 1): in halves, and without a conversion, which is undefined for the NaN that may come.
 QUARK_INLINE uint32_t fraction_bits(float f) {
   const float scaled = f * 0x1p16f;
-  const int32_t high = int32_t(scaled);
-  const int32_t low = int32_t((scaled - float(high)) * 0x1p16f);
-  return uint32_t(high) << 16 | uint32_t(low);
+  const float high = floor_of_small(scaled);
+  const float low = floor_of_small((scaled - high) * 0x1p16f);
+  return bits_of(high + 0x1p23f) << 16 | (bits_of(low + 0x1p23f) & 0xffffu);
 }
 
 /// Rounds |t| to an integer: the magnitude of R(t), t = ±m. Exact for every finite m (from 2^23 up it is one already).
@@ -163,7 +169,7 @@ QUARK_INLINE float round_magnitude(float m, bool negative, uint32_t random) {
   if constexpr (R == Rounding::toward_zero) return down;
   if constexpr (R == Rounding::floor) return negative ? up : down;
   if constexpr (R == Rounding::ceil) return negative ? down : up;
-  if constexpr (R == Rounding::stochastic) return random < fraction_bits(m < 0x1p23f ? m - down : 0.0f) ? up : down;
+  if constexpr (R == Rounding::stochastic) return down + (random < fraction_bits(m - down) ? 1.0f : 0.0f);
   // Never add 0.5: 0.49999997 + 0.5 is 1.
   const float away = m - down >= 0.5f ? up : down;
   if constexpr (R == Rounding::half_away) return away;

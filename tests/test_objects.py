@@ -25,18 +25,20 @@ OPERATIONS = {
 }
 # In the order of the C++ enumeration.
 ARITHMETICS = (
-    *("integer", "affine", "shifted", "reciprocal", "reciprocal_shifted", "shared_exponent"),
+    *("integer", "affine", "shifted", "reciprocal", "reciprocal_shifted", "finite"),
     *("minifloat", "minifloat_float16", "minifloat_bfloat16", "float16", "bfloat16"),
 )
 EVERYDAY = {"integer", "affine", "minifloat", "float16", "bfloat16"}
 ARITHMETICS_OF = {
-    "QuantizeBody": set(ARITHMETICS) - {"shared_exponent"},
+    "QuantizeBody": set(ARITHMETICS) - {"finite"},
     "FakeQuantizeBody": set(ARITHMETICS),
     "FakeQuantizeBackwardBody": EVERYDAY,
     "DequantizeBody": EVERYDAY,
 }
-ROUNDINGS = ("half_even", "half_up", "half_away", "floor", "ceil", "toward_zero")
-NEAREST_ONLY = {"float16", "bfloat16", "shared_exponent", "minifloat_float16", "minifloat_bfloat16"}
+FIXED_ROUNDINGS = ("half_even", "half_up", "half_away", "floor", "ceil", "toward_zero")
+ROUNDINGS = (*FIXED_ROUNDINGS, "stochastic")
+MAYBE_RANDOM = {"integer", "affine", "minifloat"}
+NEAREST_ONLY = {"float16", "bfloat16", "finite", "minifloat_float16", "minifloat_bfloat16"}
 
 
 # ---- objects ---------------------------------------------------------------------------------------------------------
@@ -181,13 +183,18 @@ def tile_loops(build: Path) -> dict[str, dict[Key, list[Loop]]]:
     return result
 
 
+def roundings_of(body: str, arithmetic: str) -> tuple[str, ...]:
+    """The roundings that a body has a loop for."""
+    if body == "DequantizeBody" or arithmetic in NEAREST_ONLY:
+        return ("half_even",)
+    return ROUNDINGS if arithmetic in MAYBE_RANDOM else FIXED_ROUNDINGS
+
+
 @pytest.mark.parametrize("body", OPERATIONS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_tile_loops_are_vectorized(tile_loops: dict[str, dict[Key, list[Loop]]], level: str, body: str) -> None:
     """Each has two hot loops, for one scale and for a scale per element, beside what compilers add for remainders."""
-    wanted = [
-        (body, a, r) for a in ARITHMETICS_OF[body] for r in ROUNDINGS if a not in NEAREST_ONLY or r == "half_even"
-    ]
+    wanted = [(body, a, r) for a in ARITHMETICS_OF[body] for r in roundings_of(body, a)]
     assert [key for key in tile_loops[level] if key[0] == body and key not in wanted] == []
     hot = {
         key: sum(is_vectorized(loop, OPERATIONS[body], LEVELS[level]) for loop in tile_loops[level].get(key, []))
@@ -199,7 +206,7 @@ def test_tile_loops_are_vectorized(tile_loops: dict[str, dict[Key, list[Loop]]],
 @pytest.mark.parametrize("level", LEVELS)
 def test_slope_loops_are_vectorized(tile_loops: dict[str, dict[Key, list[Loop]]], level: str) -> None:
     """The backward loops of learned scales: z added before and after rounding, every rounding."""
-    wanted = {("slope_loop", a, r) for a in ("affine", "shifted") for r in ROUNDINGS}
+    wanted = {("slope_loop", a, r) for a in ("affine", "shifted") for r in FIXED_ROUNDINGS}
     found = {key: loops for key, loops in tile_loops[level].items() if key[0] == "slope_loop"}
     assert set(found) == wanted
     assert [key for key, loops in found.items() if not any(is_vectorized(p, "div", LEVELS[level]) for p in loops)] == []
