@@ -316,9 +316,28 @@ struct GroupRuns {
     found = group <= kLongest && (unit == group || unit <= kTile);
   }
 
+  /// Whether a tile has all the pair bits of its bytes.
+  bool has_whole_pairs() const { return group % kPairByte == 0 && group <= kTile; }
   int64_t units_per_row() const { return (row + unit - 1) / unit; }
   int64_t groups_per_row() const { return (row + group - 1) / group; }
 };
+
+/// The bits of a tile's pairs, as choose_pairs writes them, and their scales halved. The tile starts on a byte of bits.
+inline void halve_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, const Grid& grid) {
+  const Grid g = grid;
+  alignas(64) uint8_t below[kTile + kPairByte];
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) below[i] = is_below_exponent(x[i], s[i], g) ? 1 : 0;
+  if (n % 2) below[n] = 1;  // the neighbour beyond the end counts as 0
+  const int64_t pairs = (n + 1) / 2;
+  for (int64_t j = 0; j < pairs; ++j) below[j] = below[2 * j] & below[2 * j + 1];
+  for (int64_t i = 0; i < n; ++i) s[i] *= below[i / 2] ? 0.5f : 1.0f;
+  for (int64_t j = 0; j < pairs; j += 8) {
+    uint32_t byte = 0;
+    for (int64_t k = j; k < min(j + 8, pairs); ++k) byte |= uint32_t(below[k]) << (k - j);
+    bytes[j / 8] = uint8_t(byte);
+  }
+}
 
 /// Chooses the scales of runs and calls apply(begin, count, values, scales) for every tile while it is in the cache.
 /// `values` are its elements, `scales` its TileScales.
@@ -333,9 +352,10 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
     Grid grid;
     ScaleRuler scale_of;
     ScaleWriter writer;
+    uint8_t* pair_bits;
 
     /// A unit of several groups, which is one tile.
-    void groups(int64_t begin, int64_t count, int64_t index) const {
+    void groups(int64_t begin, int64_t count, int64_t index, int64_t pair_byte) const {
       alignas(64) float x[kTile], s[kTile], z[kTile];
       const float* values = data.load(begin, count, x);
       for (int64_t at = 0; at < count; at += runs.group, ++index) {
@@ -347,7 +367,8 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
           z[at + i] = float(r.zero_point);
         }
       }
-      apply(begin, count, values, TileScales{s, z, count <= runs.group});
+      if (pair_bits) halve_pairs(values, s, count, pair_bits + pair_byte, grid);
+      apply(begin, count, values, TileScales{s, z, count <= runs.group && !pair_bits});
     }
 
     /// A group of several tiles: once for its scale, once more to apply it.
@@ -374,7 +395,8 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
             extremes_loop_for(spec),
             grid,
             ScaleRuler(spec, grid, out.tensor_scale),
-            ScaleWriter(*out.scale, out.zero_point)};
+            ScaleWriter(*out.scale, out.zero_point),
+            out.pair_bits ? static_cast<uint8_t*>(out.pair_bits->data) : nullptr};
   executor.run(
       runs.rows * runs.units_per_row(), runs.unit,
       [](void* context, int64_t first, int64_t last) {
@@ -384,7 +406,8 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
           const int64_t row = item / r.units_per_row(), inside = item % r.units_per_row() * r.unit;
           const int64_t begin = row * r.row + inside, count = min(r.unit, r.row - inside);
           const int64_t index = row * r.groups_per_row() + inside / r.group;
-          count <= kTile ? t.groups(begin, count, index) : t.group(begin, count, index);
+          const int64_t pair_byte = row * scale_length(r.row, kPairByte) + inside / kPairByte;
+          count <= kTile ? t.groups(begin, count, index, pair_byte) : t.group(begin, count, index);
         }
       },
       &task);

@@ -149,11 +149,11 @@ Status choose(const TensorView& x, const ScaleTensors& out, const QuantSpec& spe
     if (SearchScales::run(x, out, spec, executor)) return {};
     return out_of_memory("out of memory for a copy of a group");
   }
-  if (const GroupRuns runs(x, spec); runs.found) {
+  if (const GroupRuns runs(x, spec); runs.found && (!out.pair_bits || runs.has_whole_pairs())) {
     choose_runs(x, runs, out, spec, executor, [](int64_t, int64_t, const float*, const TileScales&) {});
-  } else if (!choose_scales(x, out, spec, executor)) {
-    return out_of_memory("out of memory for the groups' extremes");
+    return {};
   }
+  if (!choose_scales(x, out, spec, executor)) return out_of_memory("out of memory for the groups' extremes");
   if (out.pair_bits) choose_pairs(x, out, spec, executor);
   return {};
 }
@@ -181,7 +181,7 @@ Status choose_then(const Operands& operands, const Out& out, const QuantSpec& sp
     if (Status status = choose_tensor_scale(x, *scales.tensor_scale, spec, executor); !status.ok()) return status;
   const Data values(x);
   const Elementwise<Body, Data, Out> apply(values, nullptr, operands, x, out, own);
-  if (const GroupRuns runs(x, spec); runs.found && !scales.pair_bits) {
+  if (const GroupRuns runs(x, spec); runs.found && (!scales.pair_bits || runs.has_whole_pairs())) {
     choose_runs(x, runs, scales, spec, executor,
                 [&](int64_t begin, int64_t count, const float* tile, const TileScales& tile_scales) {
                   apply.tile(begin, count, tile, tile_scales);
