@@ -35,7 +35,19 @@ def stored_codes(case: Case, codes: np.ndarray) -> np.ndarray:
     return codes.astype(np.int64)
 
 
-class Core:
+class Adapter:
+    """What all adapters share."""
+
+    def stored(self, case: Case) -> dict[str, np.ndarray]:
+        """The arrays of the QTensor that quantize makes, scales in normal form."""
+        raise NotImplementedError
+
+    def quantize(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        arrays = self.stored(case)
+        return arrays["qvalue"], arrays["scale"], arrays.get("zero_point")
+
+
+class Core(Adapter):
     """The compiled core itself, on NumPy arrays."""
 
     name = "core"
@@ -49,38 +61,47 @@ class Core:
     def _spec(self, case: Case, dtype: str | None = None, packed: bool = False) -> OpSpec:
         return op_spec(case.spec, case.shape, packed, dtype)
 
-    def quantize(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def _scales(self, case: Case) -> list[np.ndarray | None]:
+        """What quantize takes beside x, in the order of the operators' letters: s g p k z."""
+        if case.spec.scale_format == "float32":
+            return [case.scale, self._key(case), case.zero]
+        return [*(case.stored.get(name) for name in ("scale", "global_scale", "pair_bits")), self._key(case)]
+
+    def _key(self, case: Case) -> np.ndarray | None:
+        """The low and the high word of a seed."""
+        return None if case.seed is None else np.array([case.seed % 2**64], "<u8").view(np.int32)
+
+    def stored(self, case: Case) -> dict[str, np.ndarray]:
         spec = self._spec(case, packed=case.packed)
         if case.given:
-            (q,) = self._run("quantize", [case.x, case.scale, case.zero], spec, case.shape, case.dtype)
-            return q, case.scale, case.zero
-        q, s, *z = self._run("quantize_dynamic", [case.x], spec, case.shape, case.dtype)
-        return q, s, z[0] if z else None
+            (q,) = self._run("quantize", [case.x, *self._scales(case)], spec, case.shape, case.dtype)
+            return {**case.stored, "qvalue": q}
+        arrays = self._run("quantize_dynamic", [case.x, self._key(case)], spec, case.shape, case.dtype)
+        return dict(zip(case.stored, arrays, strict=True))
 
     def dequantize(self, case: Case, dtype: str) -> np.ndarray:
-        q, s, z = self.quantize(case)
-        return self._run("dequantize", [q, s, z], self._spec(case, dtype, case.packed), case.shape, dtype)[0]
+        spec = self._spec(case, dtype, case.packed)
+        return self._run("dequantize", [*self.stored(case).values()], spec, case.shape, dtype)[0]
 
     def fake_quantize(self, case: Case) -> np.ndarray:
         if case.given:
-            operands = [case.x, case.scale, case.zero]
+            operands = [case.x, *self._scales(case)]
             return self._run("fake_quantize", operands, self._spec(case), case.shape, case.dtype)[0]
-        return self._run("fake_quantize_dynamic", [case.x], self._spec(case), case.shape, case.dtype)[0]
+        operands = [case.x, self._key(case)]
+        return self._run("fake_quantize_dynamic", operands, self._spec(case), case.shape, case.dtype)[0]
 
     def choose_qparams(self, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
         s, *z = self._run("choose_qparams", [case.x], self._spec(case), case.shape, case.dtype)
         return s, z[0] if z else None
 
     def clipped_gradient(self, case: Case) -> np.ndarray:
-        operands = [case.x, case.gradient, case.scale, case.zero]
+        operands = [case.x, case.gradient, *self._scales(case)]
         return self._run("fake_quantize_backward", operands, self._spec(case), case.shape, case.dtype)[0]
 
     def scale_gradient(self, case: Case) -> np.ndarray:
         q, _, z = self.quantize(case)
-        operands = [case.gradient, q, z]
-        return self._run("dequantize_backward", operands, self._spec(case, None, case.packed), case.shape, case.dtype)[
-            0
-        ]
+        spec = self._spec(case, None, case.packed)
+        return self._run("dequantize_backward", [case.gradient, q, z], spec, case.shape, case.dtype)[0]
 
     def pack(self, codes: np.ndarray, bits: int) -> np.ndarray:
         return self._run("pack", [codes], codes_spec(bits, length=codes.shape[-1]), codes.shape, codes.dtype.name)[0]
@@ -90,7 +111,7 @@ class Core:
         return self._run("unpack", [packed], spec, (*packed.shape[:-1], length), "")[0]
 
 
-class Framework:
+class Framework(Adapter):
     """What the torch and JAX adapters share: the everyday functions."""
 
     name: str
@@ -109,9 +130,11 @@ class Framework:
         return nullcontext()
 
     def scales(self, case: Case) -> dict[str, Any]:
-        if not case.given or case.spec.element.is_cast:
-            return {}
-        return {"scale": self.array(case.scale), "zero_point": self.array(case.zero)}
+        """What a call is given besides x and the spec."""
+        given = {} if case.seed is None else {"seed": case.seed}
+        if case.given and not case.spec.element.is_cast:
+            given |= {"scale": self.array(case.scale_argument), "zero_point": self.array(case.zero)}
+        return given
 
     def _normal(self, case: Case, a: Any) -> np.ndarray:
         """A scale in normal form; per tensor it must come as 0-d."""
@@ -121,18 +144,20 @@ class Framework:
         return a.reshape(scale_shape(case.shape, case.block))
 
     def _quantize(self, case: Case) -> Any:
-        packed = case.packed if case.spec.element.can_pack else None
+        can_pack = case.spec.element.can_pack or case.spec.scale_format == "exponent"
+        packed = case.packed if can_pack else None
         q = self.api.quantize(self.array(case.x), case.spec, packed=packed, **self.scales(case))
         assert q.shape == case.shape
         assert q.packed == case.packed
         assert q.spec == case.spec
         return q
 
-    def quantize(self, case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def stored(self, case: Case) -> dict[str, np.ndarray]:
         with self.context(case):
             q = self._quantize(case)
-            zero = None if q.zero_point is None else self._normal(case, q.zero_point)
-            return self.numpy(q.qvalue), self._normal(case, q.scale), zero
+            arrays = {name: getattr(q, name) for name in q.ARRAYS if getattr(q, name) is not None}
+            normal = ("scale", "zero_point")
+            return {name: self._normal(case, a) if name in normal else self.numpy(a) for name, a in arrays.items()}
 
     def dequantize(self, case: Case, dtype: str) -> np.ndarray:
         with self.context(case):
@@ -144,7 +169,9 @@ class Framework:
 
     def choose_qparams(self, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
         with self.context(case):
-            s, z = self.api.choose_qparams(self.array(case.x), case.spec)
+            s, z = self.api.choose_qparams(self.array(case.x), case.spec, method=case.method)
+            if case.spec.scale_format == "e4m3":
+                return self.numpy(s), z
             return self._normal(case, s), None if z is None else self._normal(case, z)
 
     def pack(self, codes: np.ndarray, bits: int) -> np.ndarray:

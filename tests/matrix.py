@@ -1,7 +1,8 @@
 """THE tables: every case that the core, torch and JAX must get right, bit for bit.
 
 A case is data. `reference.py` says what is expected, `frontends.py` runs it, and the tests go over `CASES` (the
-everyday functions) and `DOCUMENTED` (those that AMD Quark documents).
+everyday functions with float32 scales), `BLOCKS` (with other scales), `STOCHASTIC`, `CHOICES` (how scales are chosen)
+and `DOCUMENTED` (the functions that AMD Quark documents).
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ class Case:
     zero_point: int | None = None  # given zero points lie around this one
     packed: bool = False
     layout: str = "rows"  # rows | transposed | sliced | reversed (NumPy and the core only) | broadcast
+    data: str = "plain"  # plain, or how groups are filled: near | wide | tiny | huge | zero | nan | inf
+    seed: int | None = None
+    method: str = "absmax"
 
     def __str__(self) -> str:
         words = [str(self.spec).replace(" ", ","), "x".join(map(str, self.shape)) or "0-d", self.dtype]
         words += ["given" if self.given else "dynamic"]
         words += [f"z{self.zero_point}"] if self.zero_point is not None else []
         words += ["packed"] if self.packed else []
-        words += [self.layout] if self.layout != "rows" else []
+        words += [word for word in (self.layout, self.data, self.method) if word not in ("rows", "plain", "absmax")]
+        words += [f"seed={self.seed}"] if self.seed is not None else []
         return "-".join(words)
 
     @cached_property
@@ -58,7 +63,11 @@ class Case:
 
     @cached_property
     def x(self) -> np.ndarray:
-        """The input: values over many magnitudes, ties, and everything special (where the scale is given)."""
+        """The input."""
+        return self._laid_out(self._plain() if self.data == "plain" else self._in_groups())
+
+    def _plain(self) -> np.ndarray:
+        """Values over many magnitudes, ties, and everything special (where the scale is given)."""
         n = int(np.prod(self.shape))
         x = self.random.standard_normal(n) * np.exp2(self.random.integers(-6, 3, n))
         if n >= 64:
@@ -69,8 +78,14 @@ class Case:
             if not self.given and self.spec.granularity != PerTensor():
                 x[n // 2], x[n // 3] = np.inf, np.nan  # each spoils its own group only
         with np.errstate(over="ignore", under="ignore"):
-            x = x.astype(numpy_dtype(self.dtype)).reshape(self.shape)
-        return self._laid_out(x)
+            return x.astype(numpy_dtype(self.dtype)).reshape(self.shape)
+
+    def _in_groups(self) -> np.ndarray:
+        """Neighbours along the groups' axis are alike."""
+        axis = next((d for d, b in enumerate(self.block) if b > 1), -1)
+        moved = np.moveaxis(np.empty(self.shape), axis, -1).shape if self.shape else ()
+        x = filled(self.data, self.random, math.prod(self.shape), numpy_dtype(self.dtype)).reshape(moved)
+        return np.ascontiguousarray(np.moveaxis(x, -1, axis)) if self.shape else x
 
     def _laid_out(self, x: np.ndarray) -> np.ndarray:
         match self.layout:
@@ -94,7 +109,9 @@ class Case:
 
     @cached_property
     def scale(self) -> np.ndarray:
-        """The scales, in normal form: given ones, or those that the oracle chooses."""
+        """The scales, in normal form and as they are stored: given ones, or those that the oracle chooses."""
+        if self.spec.scale_format != "float32":
+            return self._block_scales["scale"]
         if not self.given:
             return self._chosen[0]
         shape = scale_shape(self.shape, self.block)
@@ -109,6 +126,8 @@ class Case:
     @cached_property
     def zero(self) -> np.ndarray | None:
         """The zero points, likewise."""
+        if self.spec.scale_format != "float32":
+            return None
         if not self.given:
             return self._chosen[1]
         if self.zero_point is None:
@@ -117,19 +136,85 @@ class Case:
 
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray | None]:
+        spec, rule = self.spec, None
+        if spec.scale_format == "e8m0":
+            rule = spec.scale_rule or "floor"
         return reference.choose_qparams(
-            self.x32, self.spec.format, self.block, self.spec.symmetric, self.spec.quant_min, self.spec.quant_max
+            *(self.x32, spec.format, self.block, spec.symmetric, spec.quant_min, spec.quant_max),
+            *(self.method, rule, spec.rounding),
+        )
+
+    @cached_property
+    def _block_scales(self) -> dict[str, np.ndarray]:
+        """What a block format stores beside its codes."""
+        spec, amax = self.spec, reference.group_amax(self.x32, self.block)
+        match spec.scale_format:
+            case "e8m0":
+                codes = reference.e8m0(
+                    reference.power_of_two(amax, spec.format, spec.scale_rule or "floor", spec.quant_max)
+                    if self.method == "absmax"
+                    else self._chosen[0]
+                )
+                if self.given:
+                    codes = self._some(range(119, 130), (0, 254, 255)).astype(np.uint8)
+                return {"scale": codes.view(ml_dtypes.float8_e8m0fnu)}
+            case "e4m3":
+                g = np.float32(self.random.uniform(0.001, 0.01)) if self.given else None
+                codes, g = reference.two_level(amax, spec.format, spec.quant_max, g)
+                return {"scale": codes.view(ml_dtypes.float8_e4m3fn), "global_scale": g}
+            case "exponent":
+                exponents = reference.shared_exponents(amax)
+                if self.given:
+                    exponents = self._some(range(-6, 4), (-127, 127, -128)).astype(np.int8)
+                return {"scale": exponents}
+        exponents, pair_bits = reference.micro_exponents(self.x32, self.block, -14 if self.dtype == "float16" else -126)
+        return {"scale": exponents, "pair_bits": pair_bits}
+
+    def _some(self, usual: range, special: tuple[int, ...]) -> np.ndarray:
+        """Scales, most of them usual."""
+        shape = scale_shape(self.shape, self.block)
+        return np.where(
+            self.random.random(shape) < 0.8, self.random.choice(usual, shape), self.random.choice(special, shape)
+        )
+
+    @property
+    def scale_argument(self) -> np.ndarray:
+        """What is given as `scale=`."""
+        return self._block_scales["global_scale"] if self.spec.scale_format == "e4m3" else self.scale
+
+    @cached_property
+    def stored(self) -> dict[str, np.ndarray]:
+        """The expected arrays of a QTensor, bit for bit and scales in normal form."""
+        others = {"scale": self.scale} if self.spec.scale_format == "float32" else self._block_scales
+        if self.zero is not None:
+            others = {**others, "zero_point": self.zero}
+        if not self.packed:
+            return {"qvalue": self.codes, **others}
+        if self.spec.scale_format == "exponent" and self.spec.element.bits == 8:
+            return {"qvalue": reference.pack_blocks(self.codes, self.scale, self.block[-1])}
+        return {"qvalue": reference.pack(self.codes.reshape(self.shape or 1), self.spec.element.bits), **others}
+
+    @property
+    def element_scales(self) -> np.ndarray:
+        """The float32 scale of every element."""
+        if self.spec.scale_format == "float32":
+            return reference.expand(self.scale, self.shape, self.block)
+        parts = {name: a for name, a in self._block_scales.items() if name != "scale"}
+        codes = self.scale if self.scale.dtype == np.int8 else self.scale.view(np.uint8)
+        return reference.element_scales(
+            codes, self.spec.scale_format, self.shape, self.block, self.spec.element.bits, **parts
         )
 
     def _expanded(self) -> dict[str, object]:
         zero = None if self.zero is None else reference.expand(self.zero, self.shape, self.block)
         return {
             "fmt": self.spec.format,
-            "scale": reference.expand(self.scale, self.shape, self.block),
+            "scale": self.element_scales,
             "zero_point": zero,
             "rounding": self.spec.rounding,
             "quant_min": self.spec.quant_min,
             "quant_max": self.spec.quant_max,
+            "words": None if self.seed is None else reference.random_words(self.seed, self.shape),
         }
 
     @cached_property
@@ -181,9 +266,60 @@ EDGES = np.concatenate(
     ]
 )
 
-INTEGERS = [name for name, spec in PRESETS.items() if spec.element.is_integer]
-SCALED = [name for name, spec in PRESETS.items() if not spec.element.is_cast]
-NARROW = [name for name, spec in PRESETS.items() if spec.element.can_pack]
+
+def wide(random: np.random.Generator, n: int, dtype: np.dtype) -> np.ndarray:
+    """Neighbours of like magnitude, from the least subnormal to the largest number; blocks of zeros; specials."""
+    info = ml_dtypes.finfo(dtype)
+    least, most = math.frexp(float(info.smallest_subnormal))[1], math.frexp(float(info.max))[1]
+    if dtype == np.float64:
+        least, most = -149, 128
+    runs = np.repeat(random.integers(least - 1, most + 1, n // 16 + 1), 16)[:n]
+    with np.errstate(over="ignore"):
+        x = random.uniform(-1, 1, n) * np.exp2(np.clip(runs - random.integers(0, 7, n), -1000, 1000))
+    x[random.random(n) < 0.15] *= 0
+    near = random.random(n) < 0.1  # next to powers of two, and ties
+    x[near] = np.copysign(np.exp2(np.ceil(np.log2(np.abs(x[near]) + 1e-45))), x[near]) * random.choice(
+        [1, 1 - 2.0**-24, 1 - 2.0**-9, 1 - 2.0**-12, 1.5, 1.75], near.sum()
+    )
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype)
+    if n >= 64:
+        x[5:8] = np.nan, 1.0, 1e4
+        x[n // 2] = -np.inf
+        x[n // 4 : n // 4 + 16] = 0.0
+        x[n // 3 : n // 3 + 8] = -0.0
+        x[n - 3] = info.max
+    return x
+
+
+def filled(kind: str, random: np.random.Generator, n: int, dtype: np.dtype) -> np.ndarray:
+    """Numbers of one kind; all but "wide", "nan" and "inf" are finite."""
+    info = ml_dtypes.finfo(dtype)
+    top, tiny = (float(x) for x in ((info.max, info.smallest_subnormal) if dtype != np.float64 else (3e38, 2.0**-149)))
+    x = random.standard_normal(n) * np.exp2(random.integers(-6, 3, n))
+    match kind:
+        case "wide":
+            return wide(random, n, dtype)
+        case "tiny":
+            x = np.rint(x * np.exp2(random.integers(-2, 8, n))) * tiny
+        case "huge":
+            x = random.uniform(-1, 1, n) * top * np.exp2(random.integers(-3, 1, n))
+        case "zero":
+            x = np.copysign(0.0, x)
+        case _:
+            at = random.random(n) < 0.3  # ties, zeros
+            x[at] = np.rint(x[at] * 8) / 8
+            x[n // 2 :][:1] = {"nan": np.nan, "inf": -np.inf}.get(kind, 1.0)
+    return x.astype(dtype)
+
+
+PLAIN = {name: spec for name, spec in PRESETS.items() if spec.scale_format == "float32"}
+BLOCKED = {name: spec for name, spec in PRESETS.items() if spec.scale_format != "float32"}
+RULES = ("floor", "ceil", "even", "rceil")
+FIXED_ROUNDINGS = tuple(name for name in ROUNDINGS if name != "stochastic")
+INTEGERS = [name for name, spec in PLAIN.items() if spec.element.is_integer]
+SCALED = [name for name, spec in PLAIN.items() if not spec.element.is_cast]
+NARROW = [name for name, spec in PLAIN.items() if spec.element.can_pack]
 GRANULARITIES = (
     PerTensor(),
     PerChannel(0),
@@ -196,11 +332,11 @@ GRANULARITIES = (
 
 
 def _cases() -> Iterator[Case]:
-    for name, preset in PRESETS.items():
+    for name, preset in PLAIN.items():
         for granularity in GRANULARITIES if name in SCALED else (PerTensor(),):
             for given in (False, True) if name in SCALED else (False,):
                 yield Case(replace(preset, granularity=granularity), given=given)
-    for rounding in ROUNDINGS:
+    for rounding in FIXED_ROUNDINGS:
         for name in ("int8", "int4", "uint8", "fp8_e4m3", "fp8_e5m2fnuz", "fp6_e2m3", "fp4", "int8f6"):
             symmetric = not name.startswith("uint")
             yield Case(QuantSpec(name, PerGroup(14), rounding=rounding, symmetric=symmetric), given=True)
@@ -219,10 +355,10 @@ def _cases() -> Iterator[Case]:
         for name in ("int8", "uint8", "int16", "fp8_e4m3", "fp8_e5m2", "fp4", "bf16", "fp16"):
             for given in (False, True) if name in SCALED else (False,):
                 granularity = PerGroup(16) if name in SCALED else PerTensor()
-                yield Case(replace(PRESETS[name], granularity=granularity), dtype=dtype, given=given)
+                yield Case(replace(PLAIN[name], granularity=granularity), dtype=dtype, given=given)
     for shape in ((), (1,), (0,), (3, 0, 5), (7,), (1025,), (2, 3, 4, 5), (2, 1, 3, 2, 5), (40, 1), (1, 2049)):
         for name in ("int8", "uint8", "fp8_e4m3", "fp4", "bf16"):
-            yield Case(PRESETS[name], shape=shape)
+            yield Case(PLAIN[name], shape=shape)
         if shape and 0 not in shape:
             yield Case(QuantSpec("int8", PerToken()), shape=shape, given=True)
             yield Case(QuantSpec("fp6_e3m2", PerGroup(3, 0)), shape=shape)
@@ -233,12 +369,122 @@ def _cases() -> Iterator[Case]:
         yield Case(QuantSpec("fp8_e4m3", PerGroup(32)), layout=layout, dtype="bfloat16")
     for name in NARROW:
         for length in (1, 5, 8, 33, 1027):
-            yield Case(replace(PRESETS[name], granularity=PerGroup(16)), shape=(3, length), packed=True)
-        yield Case(PRESETS[name], shape=(4100,), packed=True, given=True)
-        yield Case(PRESETS[name], shape=(), packed=True)
+            yield Case(replace(PLAIN[name], granularity=PerGroup(16)), shape=(3, length), packed=True)
+        yield Case(PLAIN[name], shape=(4100,), packed=True, given=True)
+        yield Case(PLAIN[name], shape=(), packed=True)
 
 
-CASES: tuple[Case, ...] = tuple({str(case): case for case in _cases()}.values())
+def _block_cases() -> Iterator[Case]:
+    for name, preset in BLOCKED.items():
+        group = preset.granularity.size
+        two_level = preset.scale_format == "e4m3"  # a NaN spoils the whole tensor
+        for dtype in DATA:
+            for data in ("near", "tiny", "huge", "zero", "nan", "inf", *([] if two_level else ["wide"])):
+                yield Case(preset, dtype=dtype, data=data)
+        for shape, axis in (((70, 3), 0), ((2, 35, 3), 1), ((5, 4 * group), -1), ((2, 3, 4, group), 3)):
+            spec = replace(preset, granularity=PerGroup(group, axis))
+            yield Case(spec, shape, data="near" if two_level else "wide")
+        for shape in ((1,), (0,), (3, 0, 5), (7,), (1025,), (1, 2049), (40, 1)):
+            yield Case(preset, shape, data="near")
+        for rounding in FIXED_ROUNDINGS:
+            yield Case(replace(preset, rounding=rounding), data="near")
+        for dtype in DATA:
+            yield Case(replace(preset, rounding="stochastic"), dtype=dtype, data="near", seed=7)
+        for layout in ("transposed", "sliced", "broadcast"):
+            yield Case(preset, data="near", layout=layout)
+        if preset.scale_format != "microexponents":
+            for data in ("near", "inf", "nan"):
+                yield Case(preset, data=data, given=True)
+            yield Case(preset, shape=(3, 65), dtype="float16", data="near", given=True)
+        if preset.element.can_pack or name == "bfp16":
+            for length in (1, 8, 33, 1027):
+                yield Case(preset, shape=(3, length), data="near", packed=True)
+            yield Case(preset, dtype="bfloat16", data="wide", packed=True)
+        if preset.scale_format == "e8m0":
+            for rule in RULES:
+                for data in ("near", "wide", "huge"):
+                    yield Case(replace(preset, scale_rule=rule), data=data)
+                yield Case(replace(preset, scale_rule=rule), dtype="float16", data="wide")
+    for granularity in GRANULARITIES:
+        for name, scale_format in (("fp4", "e8m0"), ("int8f6", "e8m0"), ("fp4", "e4m3"), ("int8", "exponent")):
+            spec = QuantSpec(name, granularity, scale_format=scale_format)
+            yield Case(spec, data="near")
+            yield Case(spec, data="near", dtype="bfloat16", given=True)
+    for name in ("int2", "int3", "int4", "int8", "int16", "uint4", "fp8_e4m3fnuz", "fp8_e5m2fnuz"):
+        for rule in RULES:
+            yield Case(QuantSpec(name, PerGroup(32), scale_format="e8m0", scale_rule=rule), data="wide")
+        yield Case(QuantSpec(name, PerGroup(16), scale_format="e4m3"), data="near")
+    for rule in RULES:
+        spec = QuantSpec("int8", PerGroup(32), scale_format="e8m0", scale_rule=rule, quant_min=-127, quant_max=100)
+        yield Case(spec, data="wide")
+    for name in ("int3", "int4", "int5", "int8", "int16"):
+        for size, dtype in ((2, "float16"), (6, "float32"), (16, "float16"), (64, "float32")):
+            for scale_format in ("exponent", "microexponents"):
+                yield Case(QuantSpec(name, PerGroup(size), scale_format=scale_format), dtype=dtype, data="wide")
+    for scale_format in ("e8m0", "e4m3"):
+        yield Case(QuantSpec("fp4", scale_format=scale_format), (), data="near")
+
+
+def _stochastic_cases() -> Iterator[Case]:
+    for name in SCALED:
+        spec = replace(PLAIN[name], rounding="stochastic")
+        for seed, granularity in zip(SEEDS, GRANULARITIES, strict=True):
+            yield Case(replace(spec, granularity=granularity), seed=seed, given=seed > 3)
+        for dtype in ("float16", "bfloat16", "float64"):
+            yield Case(spec, dtype=dtype, seed=5, given=True)
+    for name in INTEGERS:
+        for z in (-7, 3, 2**23):
+            spec = QuantSpec(name, PerGroup(14), rounding="stochastic", symmetric=z < 0)
+            yield Case(spec, zero_point=z, given=True, seed=z)
+    for layout in ("transposed", "sliced", "reversed", "broadcast"):
+        yield Case(QuantSpec("int4", PerGroup(32), rounding="stochastic"), layout=layout, given=True, seed=1)
+    for shape in ((), (1,), (0,), (3, 0, 5), (7,), (1025,), (2, 3, 4, 5), (3, 4100)):
+        for name in ("int8", "fp8_e4m3", "fp4"):
+            yield Case(QuantSpec(name, rounding="stochastic"), shape, seed=2**64 - 3)
+    for low, high in ((-7, 7), (0, 7), (-1, 1)):
+        yield Case(
+            QuantSpec("int4", PerToken(), rounding="stochastic", quant_min=low, quant_max=high), seed=9, given=True
+        )
+
+
+def _choices() -> Iterator[Case]:
+    methods = ("percentile", "percentile=100", "percentile=90", "percentile=0.5", "percentile=33.3333", "mse")
+    for method in methods:
+        for granularity in GRANULARITIES:
+            yield Case(QuantSpec("int8", granularity), data="near", method=method)
+            yield Case(QuantSpec("uint4", granularity, symmetric=False), data="near", method=method)
+            yield Case(QuantSpec("fp4", granularity, scale_format="e8m0"), data="near", method=method)
+        for name in ("int2", "uint2", "uint8", "fp8_e4m3", "fp8_e5m2fnuz", "fp6_e3m2"):
+            spec = replace(PLAIN[name], granularity=PerToken())
+            for data in ("wide", "tiny", "zero"):
+                yield Case(spec, (5, 70), data=data, method=method)
+        for dtype in ("float16", "bfloat16", "float64"):
+            yield Case(QuantSpec("int4", PerGroup(32), symmetric=False), dtype=dtype, data="near", method=method)
+            yield Case(QuantSpec("fp8_e4m3", PerToken()), dtype=dtype, data="huge", method=method)
+        for rule in RULES:
+            for name in ("mxfp4", "mxint8"):
+                yield Case(replace(BLOCKED[name], scale_rule=rule), data="wide", method=method)
+        for shape in ((), (1,), (0,), (3, 0, 5), (1025,), (2, 2500)):
+            yield Case(QuantSpec("int8"), shape, data="near", method=method)
+            yield Case(QuantSpec("uint4", symmetric=False), shape, data="near", method=method)
+    for rounding in ROUNDINGS:
+        yield Case(QuantSpec("int4", PerToken(), rounding=rounding), data="near", method="mse")
+    for low, high in ((-7, 7), (0, 7), (-8, 3)):
+        for symmetric in (True, False):
+            spec = QuantSpec("int4", PerToken(), quant_min=low, quant_max=high, symmetric=symmetric)
+            yield Case(spec, data="near", method="mse")
+
+
+def _table(cases: Iterator[Case]) -> tuple[Case, ...]:
+    return tuple({str(case): case for case in cases}.values())
+
+
+SEEDS = (0, 1, 2, 3, 2**31, 2**63, 2**64 - 1)
+DATA = ("float32", "float16", "bfloat16", "float64")
+CASES = _table(_cases())
+BLOCKS = _table(_block_cases())
+STOCHASTIC = _table(_stochastic_cases())
+CHOICES = _table(_choices())
 
 
 # ---- the documented functions ----------------------------------------------------------------------------------------
@@ -266,7 +512,6 @@ SPECIAL_SCALES = (
     *(0.0, -0.0, -0.037, -2.0, 1e-40, 2.0**-149, 2.0**-128, 2.0**-127, 2.0**-126, 1.5e-38),
     *(np.inf, -np.inf, np.nan, 2.0**127, 3e38),
 )
-DATA = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -315,7 +560,7 @@ class DocumentedCase:
             elif self.dtype.startswith("float8"):
                 x = np.resize(self.random.permutation(256), n).astype(np.uint8).view(dtype)
             elif self.function.startswith("non_scaled"):
-                x = self._wide(n, dtype)
+                x = wide(self.random, n, dtype)
             else:
                 x = self._numbers(n).astype(dtype)
                 if n >= 64 and self.dtype == "float32":
@@ -338,29 +583,6 @@ class DocumentedCase:
             self.random.shuffle(x)
         elif n > 1:
             x[: n // 2] = self.random.choice(special, n // 2)
-        return x
-
-    def _wide(self, n: int, dtype: np.dtype) -> np.ndarray:
-        """Neighbours of like magnitude, from the least subnormal to the largest number; blocks of zeros; specials."""
-        info = ml_dtypes.finfo(dtype)
-        least, most = math.frexp(float(info.smallest_subnormal))[1], math.frexp(float(info.max))[1]
-        if self.dtype == "float64":
-            least, most = -149, 128
-        runs = np.repeat(self.random.integers(least - 1, most + 1, n // 16 + 1), 16)[:n]
-        with np.errstate(over="ignore"):
-            x = self.random.uniform(-1, 1, n) * np.exp2(np.clip(runs - self.random.integers(0, 7, n), -1000, 1000))
-        x[self.random.random(n) < 0.15] *= 0
-        near = self.random.random(n) < 0.1  # next to powers of two, and ties
-        x[near] = np.copysign(np.exp2(np.ceil(np.log2(np.abs(x[near]) + 1e-45))), x[near]) * self.random.choice(
-            [1, 1 - 2.0**-24, 1 - 2.0**-9, 1 - 2.0**-12, 1.5, 1.75], near.sum()
-        )
-        x = x.astype(dtype)
-        if n >= 64:
-            x[5:8] = np.nan, 1.0, 1e4
-            x[n // 2] = -np.inf
-            x[n // 4 : n // 4 + 16] = 0.0
-            x[n // 3 : n // 3 + 8] = -0.0
-            x[n - 3] = info.max
         return x
 
     @property

@@ -7,7 +7,8 @@ product (q - z) * s round to float32; everything else is exact.
 
 Codes are int64: signed values for the integer formats (int8f6: q of the value q/64), bit patterns for the others.
 Only the plain integers have a zero point (exact up to 2^23 in magnitude). The casts bf16 and fp16 have no scale:
-pass 1.
+pass 1. Block formats add nothing to elements: whatever their scales are stored as, a float32 scale for each element
+follows (`element_scales`). Stochastic rounding takes its random words as an array (`random_words`).
 """
 
 from __future__ import annotations
@@ -68,6 +69,16 @@ LARGEST = {dtype: FORMATS[cast].hi for dtype, cast in CAST_OF.items()} | dict.fr
     ("float32", "float64"), float(np.finfo(np.float32).max)
 )
 SMALLEST_SCALE = np.float32(2.0**-126)
+NAN = np.float32(np.nan)
+
+
+def _f32(x: ArrayLike) -> Array:
+    return np.asarray(x).astype(np.float32)
+
+
+def _exponent(x: ArrayLike) -> Array:
+    """floor(log2 |x|), exactly; anything for 0, inf and NaN."""
+    return np.asarray(np.frexp(x)[1] - 1)
 
 
 @cache
@@ -116,6 +127,12 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def _stochastic(t: Array, words: ArrayLike) -> Array:
+    """|t| up or down, up as often as its fraction says: where a 32-bit word is below fraction * 2^32."""
+    below = np.trunc(np.abs(t))
+    return np.asarray(np.copysign(below + (words < np.trunc((np.abs(t) - below) * 2.0**32)), t))
+
+
 def _divide(x: ArrayLike, scale: ArrayLike) -> Array:
     with np.errstate(all="ignore"):
         return np.asarray(np.asarray(x, np.float32) / np.asarray(scale, np.float32))
@@ -125,17 +142,22 @@ def _or_zero(zero_point: ArrayLike | None) -> Array:
     return np.asarray(0 if zero_point is None else zero_point)
 
 
-def _round(v: ArrayLike, fmt: str, rounding: str) -> Array:
-    """v on the format's grid continued past its ends, as a signed position (floats: one step past at most)."""
+def _position(v: Array, fmt: str) -> Array:
+    """The signed position of v on the format's number line continued past its ends (floats: one step at most)."""
     f = FORMATS[fmt]
-    v = np.asarray(v, np.float64)
+    if f.min_exp is None:
+        return np.asarray(v * 2.0**f.mantissa)
+    grid, size = _grid(fmt), np.abs(v)
+    below = np.clip(np.searchsorted(grid, size, side="right") - 1, 0, len(grid) - 2)
+    position = below + (size - grid[below]) / (grid[below + 1] - grid[below])
+    return np.asarray(np.copysign(np.minimum(position, len(grid) - 1), v))
+
+
+def _round(v: ArrayLike, fmt: str, rounding: str, words: ArrayLike | None = None) -> Array:
+    """The position of v, rounded; `words` are the random ones of "stochastic"."""
     with np.errstate(invalid="ignore"):
-        if f.min_exp is None:
-            return ROUNDINGS[rounding](v * 2.0**f.mantissa)
-        grid, size = _grid(fmt), np.abs(v)
-        below = np.clip(np.searchsorted(grid, size, side="right") - 1, 0, len(grid) - 2)
-        position = below + (size - grid[below]) / (grid[below + 1] - grid[below])
-        return ROUNDINGS[rounding](np.copysign(np.minimum(position, len(grid) - 1), v))
+        position = _position(np.asarray(v, np.float64), fmt)
+        return ROUNDINGS[rounding](position) if words is None else _stochastic(position, words)
 
 
 def _bounds(f: Format, quant_min: int | None, quant_max: int | None) -> tuple[int, int]:
@@ -153,6 +175,7 @@ def quantize(
     rounding: str = "half_even",
     quant_min: int | None = None,
     quant_max: int | None = None,
+    words: ArrayLike | None = None,
 ) -> Array:
     """The codes of x; scale and zero_point broadcast to x.
 
@@ -161,7 +184,7 @@ def quantize(
     f = FORMATS[fmt]
     v = _divide(x, scale)
     is_nan = np.isnan(v)
-    r = _round(np.where(is_nan, np.float32(0), v), fmt, rounding)
+    r = _round(np.where(is_nan, np.float32(0), v), fmt, rounding, words)
     if f.min_exp is None:
         a, b = _bounds(f, quant_min, quant_max)
         return np.asarray(np.clip(r + _or_zero(zero_point), a, b), np.int64)
@@ -218,9 +241,10 @@ def fake_quantize(
     quant_min: int | None = None,
     quant_max: int | None = None,
     dtype: str = "float32",
+    words: ArrayLike | None = None,
 ) -> Array:
     """dequantize(quantize(x)), but a NaN x stays NaN, with its sign."""
-    codes = quantize(x, fmt, scale, zero_point, rounding, quant_min, quant_max)
+    codes = quantize(x, fmt, scale, zero_point, rounding, quant_min, quant_max, words)
     return _canonical_nan(dequantize(codes, fmt, scale, zero_point, dtype), np.isnan(x), x)
 
 
@@ -232,10 +256,11 @@ def clipped(
     rounding: str = "half_even",
     quant_min: int | None = None,
     quant_max: int | None = None,
+    words: ArrayLike | None = None,
 ) -> Array:
     """True where the "clipped" gradient passes: x, rounded on the grid continued past its ends, is inside them."""
     f = FORMATS[fmt]
-    r = _round(_divide(x, scale), fmt, rounding)
+    r = _round(_divide(x, scale), fmt, rounding, words)
     if f.min_exp is not None:
         return np.asarray(np.abs(r) <= len(_grid(fmt)) - 2)
     a, b = _bounds(f, quant_min, quant_max)
@@ -266,22 +291,48 @@ def _groups(flat: Array, shape: Sequence[int], block: Sequence[int]) -> Iterator
     return (by_owner[start:end] for start, end in zip(ends - sizes, ends, strict=True))
 
 
-def _group_qparams(group: Array, top: np.float32, span: tuple[int, int] | None) -> tuple[np.float32, int]:
-    """One group's scale and zero point; span is [a, b] where the zero point is free."""
-    amax = (group.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(initial=np.uint32(0)).view(np.float32)
-    a, b = span or (0, 0)
-    if not np.isfinite(amax):
-        return np.float32(np.nan), a
-    if amax == 0:
-        return np.float32(1), a
-    if span is None:
-        return max(np.float32(amax / top), SMALLEST_SCALE), 0
-    lo, hi, width = min(group.min(), np.float32(0)), max(group.max(), np.float32(0)), np.float32(b - a)
-    with np.errstate(over="ignore"):
-        reach = hi - lo
-        scale = max(reach / width if np.isfinite(reach) else hi / width - lo / width, SMALLEST_SCALE)
-        scale = min(scale, np.finfo(np.float32).max)  # two codes for the whole range: a scale is never inf
-    return scale, int(np.clip(a - float(np.rint(lo / scale)), a, b))
+def _extremes(group: Array, asymmetric: bool, method: str) -> tuple[np.float32, np.float32]:
+    """The range lo <= 0 <= hi of a group that its scale follows from (symmetric: 0 and amax), NaN if not all finite."""
+    if not np.isfinite(group).all():
+        return NAN, NAN
+    sides = (np.maximum(-group, 0), np.maximum(group, 0)) if asymmetric else (np.zeros_like(group), np.abs(group))
+    rank = group.size
+    if method.startswith("percentile"):
+        percent = float(method.partition("=")[2] or 99.99)
+        rank = min(max(math.ceil(percent / 100.0 * group.size), 1), group.size)
+    below, above = (np.sort(side)[:rank].max(initial=0) for side in sides)
+    return np.float32(-below), np.float32(above)
+
+
+@np.errstate(all="ignore")
+def _qparams(
+    lo: Array, hi: Array, fmt: str, asymmetric: bool, quant_min: int | None, quant_max: int | None, rule: str | None
+) -> tuple[Array, Array]:
+    """The scale and zero point of each range lo <= 0 <= hi; with a `rule`, the power of two."""
+    a, b = _bounds(FORMATS[fmt], quant_min, quant_max)
+    if rule is not None:
+        return power_of_two(hi, fmt, rule, quant_max), np.zeros(hi.shape, np.int32)
+    if asymmetric:
+        width = np.float32(b - a)
+        scale = np.where(np.isfinite(hi - lo), (hi - lo) / width, hi / width - lo / width)
+        scale = np.minimum(scale, np.finfo(np.float32).max)  # two codes for the whole range: a scale is never inf
+    else:
+        scale = hi / np.float32(FORMATS[fmt].hi if quant_max is None else quant_max)
+    scale = _f32(np.where(lo == hi, 1, np.maximum(scale, SMALLEST_SCALE)))  # lo == hi: all zero
+    zero = np.clip(a - np.rint(np.nan_to_num(lo / scale)).astype(np.float64), a, b)
+    return scale, (zero if asymmetric else np.zeros_like(zero)).astype(np.int32)
+
+
+def _least_error(
+    group: Array, lo: np.float32, hi: np.float32, fmt: str, asymmetric: bool, rounding: str, *rest: Any
+) -> tuple[np.float32, np.float32]:
+    """Of 80 narrower and narrower ranges the first with the least sum of squared errors."""
+    share = np.arange(100, 20, -1).astype(np.float32) / np.float32(100)
+    scale, zero = (a[:, None] for a in _qparams(lo * share, hi * share, fmt, asymmetric, *rest))
+    fake = fake_quantize(group, fmt, scale, zero, rounding, *rest[:2])
+    error = fake.astype(np.float64) - group.astype(np.float64)
+    best = int(np.argmin([tree_sum(terms) for terms in error * error]))
+    return lo * share[best], hi * share[best]
 
 
 def choose_qparams(
@@ -291,19 +342,181 @@ def choose_qparams(
     symmetric: bool = True,
     quant_min: int | None = None,
     quant_max: int | None = None,
+    method: str = "absmax",
+    rule: str | None = None,
+    rounding: str = "half_even",
 ) -> tuple[Array, Array | None]:
-    """The dynamic float32 scales of x and, for an asymmetric integer format, its int32 zero points."""
+    """The dynamic scales of x (float32) and, for an asymmetric integer format, its int32 zero points.
+
+    `method`: absmax | minmax | percentile | percentile=P | mse. `rule`: that of power-of-two scales.
+    """
     f = FORMATS[fmt]
     x = np.asarray(x, np.float32)
     shape = scale_shape(x.shape, block)
     if f.cast:
         return np.ones(shape, np.float32), None
     asymmetric = not symmetric and f.min_exp is None and f.mantissa == 0
-    top = np.float32(f.hi if quant_max is None else quant_max)
-    span = _bounds(f, quant_min, quant_max) if asymmetric else None
-    pairs = [_group_qparams(group, top, span) for group in _groups(x.ravel(), x.shape, block)]
-    scale = np.array([s for s, _ in pairs], np.float32).reshape(shape)
-    return scale, np.array([z for _, z in pairs], np.int32).reshape(shape) if asymmetric else None
+    ranges = []
+    for group in _groups(x.ravel(), x.shape, block):
+        lo, hi = _extremes(group, asymmetric, method)
+        if method == "mse" and np.isfinite(hi):
+            rounds = "half_even" if rounding == "stochastic" else rounding
+            lo, hi = _least_error(group, lo, hi, fmt, asymmetric, rounds, quant_min, quant_max, rule)
+        ranges.append((lo, hi))
+    los, his = np.moveaxis(np.array(ranges, np.float32).reshape(*shape, 2), -1, 0)
+    scale, zero = _qparams(los, his, fmt, asymmetric, quant_min, quant_max, rule)
+    return scale, zero if asymmetric else None
+
+
+# Power-of-two and two-level scales. A group here is a box of `block` neighbours; an axis may end with a ragged one.
+
+
+def _boxes_max(x: Array, block: Sequence[int]) -> Array:
+    """The greatest of each group's numbers >= 0; NaN if one is."""
+    sizes = [min(b or n, n) or 1 for n, b in zip(x.shape, block, strict=True)]
+    counts = scale_shape(x.shape, block)
+    ends = [(0, count * b - n) for n, b, count in zip(x.shape, sizes, counts, strict=True)]
+    boxes = (np.pad(x, ends) if ends else x).reshape([n for pair in zip(counts, sizes, strict=True) for n in pair])
+    return np.asarray(boxes.max(axis=tuple(range(1, 2 * x.ndim, 2)), initial=0))
+
+
+def group_amax(x: ArrayLike, block: Sequence[int]) -> Array:
+    """The greatest magnitude in each group (float32), NaN where one isn't finite."""
+    x = _f32(x)
+    amax = _boxes_max(np.where(np.isfinite(x), np.abs(x), NAN), block)
+    return _f32(amax)
+
+
+def power_of_two(amax: ArrayLike, fmt: str, rule: str, quant_max: int | None = None) -> Array:
+    """The scale 2^-127 .. 2^127 (float32) of each amax by one of the four rules; NaN where amax isn't finite."""
+    f, amax = FORMATS[fmt], np.asarray(amax, np.float64)
+    top = np.float64(f.hi if quant_max is None else quant_max)
+    emax = int(_exponent(top))
+    mantissa = emax if f.min_exp is None and f.mantissa == 0 else f.mantissa
+    with np.errstate(invalid="ignore"):
+        m = np.ldexp(amax, -_exponent(amax))
+        up = {
+            "floor": np.zeros(m.shape, bool),
+            "ceil": m > 1,
+            "even": m >= 2 - 2.0 ** -(mantissa + 1),
+            "rceil": m > np.ldexp(top, -emax),
+        }[rule]
+    exponent = np.where(amax > 0, np.clip(_exponent(amax) - emax + up, -127, 127), -127)
+    return _f32(np.where(np.isfinite(amax), np.ldexp(1.0, exponent), np.nan))
+
+
+def e8m0(scale: ArrayLike) -> Array:
+    """The codes of power-of-two scales: exponent + 127, 0xFF for NaN."""
+    scale = np.asarray(scale, np.float64)
+    return np.where(np.isnan(scale), 255, _exponent(scale) + 127).astype(np.uint8)
+
+
+@np.errstate(all="ignore")
+def two_level(
+    amax: Array, fmt: str, quant_max: int | None = None, global_scale: ArrayLike | None = None
+) -> tuple[Array, Array]:
+    """The e4m3 codes of the groups' scales, and the tensor's scale (float32, 0-d) that they count in."""
+    top = np.float32(FORMATS[fmt].hi if quant_max is None else quant_max)
+    largest = np.max(amax, initial=np.float32(0))
+    wanted = np.maximum(largest / (np.float32(448) * top), SMALLEST_SCALE) if largest != 0 else 1
+    g = _f32(wanted if global_scale is None else global_scale).reshape(())
+    scale = np.clip(amax / top / g, np.float32(2.0**-9), np.float32(448))
+    return np.where(np.isnan(scale), 0x7F, quantize(scale, "fp8_e4m3", 1)).astype(np.uint8), g
+
+
+def shared_exponents(amax: ArrayLike) -> Array:
+    """Block floating point: the exponent of each amax (int8), at least -126; -128 where amax isn't finite."""
+    amax = np.asarray(amax, np.float64)
+    exponent = np.where(amax > 0, np.clip(_exponent(amax), -126, 127), -126)
+    return np.where(np.isfinite(amax), exponent, -128).astype(np.int8)
+
+
+def micro_exponents(x: ArrayLike, block: Sequence[int], min_exp: int) -> tuple[Array, Array]:
+    """The exponent field (less the bias, int8) of each group, and a bit for each pair that lies below it.
+
+    The bits are a little-endian stream along the groups' axis, uint8. A group that isn't finite: -128, no bits.
+    """
+    x = _f32(x)
+    bias, axis = 1 - min_exp, _axis_of(block)
+    field = _exponent_field(np.nan_to_num(x, nan=0, posinf=0, neginf=0), min_exp) + bias
+    pair = [2 if d == axis else 1 for d in range(x.ndim)]
+    shared, pairs = _boxes_max(field, block), _boxes_max(field, pair)
+    finite = np.isfinite(group_amax(x, block))
+    owner = np.arange(pairs.shape[axis]) * 2 // min(block[axis], x.shape[axis] or 1)
+    below = (pairs < shared.take(owner, axis)) & finite.take(owner, axis)
+    return np.where(finite, shared - bias, -128).astype(np.int8), np.packbits(below, axis, "little")
+
+
+def _axis_of(block: Sequence[int]) -> int:
+    """The axis that groups run along."""
+    return next(d for d, b in enumerate(block) if b != 1)
+
+
+def _exponent_field(x: ArrayLike, min_exp: int) -> Array:
+    """The exponent of x, as the field of a format with this least normal exponent says: all below it have one less."""
+    x = np.abs(np.asarray(x, np.float64))
+    return np.where(x >= 2.0**min_exp, _exponent(x), min_exp - 1)
+
+
+def element_scales(
+    stored: ArrayLike,
+    scale_format: str,
+    shape: Sequence[int],
+    block: Sequence[int],
+    bits: int = 8,
+    global_scale: ArrayLike | None = None,
+    pair_bits: ArrayLike | None = None,
+) -> Array:
+    """The float32 scale of each element, from what is stored (e8m0, e4m3: bit patterns)."""
+    stored = np.asarray(stored)
+    if scale_format == "float32":
+        return expand(stored, shape, block)
+    if scale_format == "e4m3":
+        assert global_scale is not None
+        with np.errstate(all="ignore"):
+            return expand(_f32(_decode(stored, "fp8_e4m3")) * _f32(global_scale), shape, block)
+    if scale_format == "e8m0":
+        return expand(_f32(np.where(stored == 255, np.nan, np.ldexp(1.0, stored.astype(int) - 127))), shape, block)
+    exponent = expand(stored.astype(int), shape, block)
+    nan = exponent == -128
+    if pair_bits is not None:
+        axis = _axis_of(block)
+        pairs = np.unpackbits(np.asarray(pair_bits, np.uint8), axis, None, "little")
+        exponent = exponent - pairs.take(np.arange(shape[axis]) // 2, axis)
+    return _f32(np.where(nan, np.nan, np.ldexp(1.0, exponent - bits + 2)))
+
+
+def pack_blocks(codes: ArrayLike, exponents: ArrayLike, size: int) -> Array:
+    """Blocks of bytes along the last axis: the exponent + 127, then the codes, zeros after a ragged end."""
+    codes, exponents = np.asarray(codes), np.asarray(exponents).astype(int)
+    lacking = exponents.shape[-1] * size - codes.shape[-1]
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, lacking)]).reshape(*exponents.shape, size)
+    blocks = np.concatenate([exponents[..., None] + 127, codes], axis=-1) & 255
+    return blocks.reshape(*codes.shape[:-2], -1).astype(np.uint8)
+
+
+# Random words: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+
+def philox(counter: Sequence[ArrayLike], key: tuple[int, int]) -> Array:
+    """The four random words (along the last axis, uint32) of each counter of four words."""
+    low = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    for round_number in range(10):
+        k0, k1 = (
+            np.uint64((k + round_number * step) % 2**32) for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)
+        )
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & low, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & low
+    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+
+
+def random_words(seed: int, shape: Sequence[int]) -> Array:
+    """The word of each element of an array: by its row-major index, four to a counter."""
+    n, seed = math.prod(shape), seed % 2**64
+    index = np.arange(-(-n // 4), dtype=np.uint64)
+    counter = (index & np.uint64(0xFFFFFFFF), index >> np.uint64(32), 0, 0)
+    return philox(counter, (seed % 2**32, seed >> 32)).ravel()[:n].reshape(shape)
 
 
 def pack(codes: ArrayLike, bits: int) -> Array:
@@ -359,11 +572,6 @@ def dequantize_scale_gradient(
 ROUND_MODES = {None: "half_even", -1: "half_even", 2: "half_up", 3: "half_away", 8: "half_even"}
 FLOAT8 = {"fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "fp8_e5m2": np.dtype(ml_dtypes.float8_e5m2)}
 CASTS = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-NAN = np.float32(np.nan)
-
-
-def _f32(x: ArrayLike) -> Array:
-    return np.asarray(x).astype(np.float32)
 
 
 def _narrow(x: ArrayLike, dtype: np.dtype[Any]) -> Array:
@@ -527,29 +735,21 @@ def _unblock(blocks: Array, axis: int, length: int) -> Array:
     return np.moveaxis(blocks.reshape(*outer, count * size)[..., :length], -1, axis)
 
 
-def _exponent(x: Array) -> Array:
-    """floor(log2 |x|), exactly; anything for 0, inf and NaN."""
-    return np.asarray(np.frexp(x)[1] - 1)
-
-
 def _mx(blocks: Array, mx_element_dtype: str) -> tuple[Array, Array]:
     """The scale and the elements' values of each block, all NaN where the block isn't finite."""
     fmt = {"int8": "int8f6"}.get(mx_element_dtype, mx_element_dtype)
     amax = np.abs(blocks).max(axis=-1, keepdims=True)
-    exponent = np.clip(_exponent(amax) - _exponent(np.asarray(FORMATS[fmt].hi)), -127, 127)
-    scale = np.ldexp(1.0, np.where(amax > 0, exponent, -127))
+    scale = power_of_two(amax, fmt, "floor").astype(np.float64)
     elements = _decode(quantize(blocks / scale, fmt, 1), fmt)
     if not mx_element_dtype.startswith("fp8"):
         elements = elements + 0.0  # no -0
-    finite = np.isfinite(amax)
-    return np.where(finite, scale, np.nan), np.where(finite, elements, np.nan)
+    return scale, np.where(np.isfinite(amax), elements, np.nan)
 
 
 def _shared_micro_exponents(blocks: Array, bits: int, min_exp: int) -> Array:
     """mx6 and mx9: a bit per pair lowers the block's exponent by one. Integers have no -0."""
     finite = np.isfinite(blocks)
-    normal = finite & (np.abs(blocks) >= 2.0**min_exp)
-    field = np.where(normal, _exponent(blocks), min_exp - 1)
+    field = _exponent_field(np.where(finite, blocks, 0), min_exp)
     shared = field.max(axis=-1, keepdims=True)
     pairs = field.reshape(*field.shape[:-1], field.shape[-1] // 2, 2).max(axis=-1)
     scale = np.ldexp(1.0, shared - np.repeat(pairs < shared, 2, axis=-1) - bits + 2)

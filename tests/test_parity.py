@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from frontends import Core, bits
-from matrix import CASES, Case
+from matrix import CASES, SCALED, Case
 from quark_kernels import PRESETS, PerGroup, PerTensor, PerToken, QuantSpec, _core
 from test_forward import assert_same
 
@@ -99,7 +99,7 @@ def test_any_number_of_threads(spec: QuantSpec, threads: int) -> None:
 SUBNORMAL = np.array([[1e-40, -3e-41, 2.0**-149, 0.0], [1e-38, 5e-39, -1e-39, 2.0**-127]], np.float32)
 
 
-@pytest.mark.parametrize("name", [n for n, s in PRESETS.items() if not s.element.is_cast])
+@pytest.mark.parametrize("name", SCALED)
 def test_subnormals_under_jit(name: str, jax_frontend: Any) -> None:
     """XLA runs custom calls with subnormals flushed; ours must not notice. Compared in NumPy: jnp flushes too."""
     import jax

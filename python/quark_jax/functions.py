@@ -407,8 +407,8 @@ def choose_qparams(
         method: what is taken for the extreme values of a group of n. ``"absmax"``, ``"minmax"``: they themselves.
             ``"percentile=P"`` (``"percentile"``: P = 99.99): those of nearest rank, the ``ceil(P / 100 * n)``-th
             smallest of |x|, or, asymmetric, of max(-x, 0) and of max(x, 0). ``"mse"``: of the shares 1, 0.99, ... 0.21
-            of them the one that leaves the least sum of ``(fake_quantize(x) - x)^2``, the largest of equals. The last
-            two for float32 and e8m0 scales only.
+            of them the one that leaves the least sum of ``(dequantize(quantize(x), float32) - x)^2``, the largest of
+            equals. The last two for float32 and e8m0 scales only.
 
     Returns:
         The scale (0-d per tensor, else x's rank), as ``quantize`` takes it: float32, float8_e8m0fnu for e8m0, int8
@@ -424,7 +424,7 @@ def choose_qparams(
     whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
     params = choose(x, op_spec.choosing(schema.expect_method(whole, method)))
     if op_spec.has_global_scale:
-        return params.global_scale, None
+        return params.global_scale.reshape(()), None
     zero = params.zero_point
     return _public(params.scale, whole), None if zero is None else _public(zero, whole)
 
