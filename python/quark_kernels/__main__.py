@@ -1,4 +1,4 @@
-"""`python -m quark_kernels`: what this machine can do (`info`), and the library at work (`demo`)."""
+"""`python -m quark_kernels`: `info` (what this machine can do), `demo` (the library at work), `quantize` (files)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="run every preset in torch and JAX and compare the bits")
     demo.add_argument("--input", metavar="FILE", help="a .safetensors, .npy or .npz file instead of the bundled digits")
     demo.add_argument("--json", metavar="FILE", help="write the table to this file as well")
+    quantize = commands.add_parser("quantize", help="quantize a safetensors checkpoint, one tensor after the other")
+    quantize.add_argument("source", metavar="IN", help="a .safetensors file, a directory of them, or its index")
+    quantize.add_argument("target", metavar="OUT", help="the new file, or the new directory")
+    quantize.add_argument("--spec", required=True, help='a preset, or a spec such as "int4 group=128,-1 asymmetric"')
+    quantize.add_argument("--framework", choices=("torch", "jax"), default="torch", help="what quantizes")
+    quantize.add_argument("--axis", type=int, help="the axis of channels, or that groups run along")
+    quantize.add_argument("--group-size", type=int, metavar="N", help="how many elements share a scale")
+    quantize.add_argument("--packed", action=argparse.BooleanOptionalAction, help="pack codes; by default fp4 only")
+    quantize.add_argument("--include", metavar="REGEX", help="quantize only tensors in whose names this is found")
+    quantize.add_argument("--exclude", metavar="REGEX", help="copy tensors in whose names this is found")
+    quantize.add_argument(
+        "--min-dim", type=int, default=2, metavar="N", help="copy tensors of fewer axes; 2 by default"
+    )
+    quantize.add_argument("--sqnr", action="store_true", help="measure the noise, and say where it is worst")
     return top
 
 
@@ -38,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import demo
 
         return demo.run(input=arguments.input, json_path=arguments.json)
+    if arguments.command == "quantize":
+        from . import checkpoint
+
+        return checkpoint.run(arguments)
     from . import info
 
     print("\n".join(info_lines(info())))

@@ -256,21 +256,15 @@ def load_input(path: Path) -> Workload:
 
 
 def read_safetensors(path: Path) -> Iterator[Tensor]:
-    """Reads raw bytes: the NumPy interface of safetensors has bfloat16 only where ml_dtypes is installed."""
-    import safetensors
+    """The floating tensors of a .safetensors file."""
+    from quark_kernels.files import Reader
 
-    deserialize: Any = safetensors.deserialize  # its stub has no types
-    try:
-        entries = deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(error) from error
-    native = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-    for name, entry in sorted(entries):
-        if entry["dtype"] == "BF16":
-            bits = np.frombuffer(entry["data"], np.uint16).reshape(entry["shape"])
-            yield Tensor(name, "bfloat16", np.ascontiguousarray(bits))
-        elif entry["dtype"] in native:
-            yield from floating(name, np.frombuffer(entry["data"], native[entry["dtype"]]).reshape(entry["shape"]))
+    with Reader(path) as reader:
+        for name in sorted(reader.entries):
+            if reader.entries[name].code == "BF16":
+                yield Tensor(name, "bfloat16", reader.raw(name).array(np.uint16))
+            elif reader.entries[name].code in ("F16", "F32", "F64"):
+                yield from floating(name, reader.raw(name).array())
 
 
 def read_npy(path: Path) -> Iterator[Tensor]:

@@ -1,13 +1,17 @@
-"""Tensors between the frameworks through DLPack, without a copy wherever that is possible.
+"""Tensors between the frameworks, through DLPack or through files, and in the layouts of compressed-tensors.
 
-A zero-copy result shares memory with its source: writing into the torch tensor changes the JAX array, which JAX takes
-to be immutable. Pass ``copy=True`` where either side will be written to.
+DLPack copies nothing wherever that is possible. A zero-copy result shares memory with its source: writing into the
+torch tensor changes the JAX array, which JAX takes to be immutable. Pass ``copy=True`` where either side will be
+written to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from quark_kernels.spec import QuantSpec
 
 if TYPE_CHECKING:
     import jax
@@ -90,6 +94,132 @@ def to_torch(x: Any, copy: bool | None = None) -> Any:
         raise _unknown(value, "jax.Array, quark_jax.QTensor")
 
     return _map(leaf, x, (quark_jax.QTensor, torch.Tensor))
+
+
+def save_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write QTensors and plain tensors to a safetensors file that either framework reads back with the same bits.
+
+    A QTensor ``NAME`` becomes the tensors ``NAME.qvalue``, ``NAME.scale`` and, where it has them, ``NAME.zero_point``,
+    ``NAME.global_scale`` and ``NAME.pair_bits``, for any reader of safetensors. Spec, shape, dtype and packed are JSON
+    in the file's metadata under ``"quark_kernels"``. Equal tensors give equal files, whichever framework wrote them.
+    The file appears under its name when it is complete: a call that fails leaves what was there before.
+
+    Args:
+        path: the file's name. One that is there is replaced.
+        tensors: by name: QTensors of either framework, torch tensors, JAX and NumPy arrays; any device, any strides.
+        metadata: more text for the file's metadata, such as ``{"format": "pt"}``.
+
+    Raises:
+        TypeError: something else is in ``tensors``, or a dtype that safetensors doesn't have.
+        ValueError: two tensors would have one name, the parts of a QTensor don't fit together, or a tensor has no bytes
+            here (meta, deleted, on other hosts).
+        OSError: the file can't be written.
+
+    """
+    from quark_kernels import files
+
+    files.save(path, tensors, metadata)
+
+
+def load_safetensors(path: str | os.PathLike[str], framework: str = "torch") -> dict[str, Any]:
+    """Read a safetensors file: what ``save_safetensors`` wrote, or any other.
+
+    Nothing in the file is trusted: every part's dtype and shape is checked before memory is allocated.
+
+    Args:
+        path: the file's name.
+        framework: ``"torch"`` (tensors on the CPU) or ``"jax"`` (arrays on the default device).
+
+    Returns:
+        QTensors and plain tensors by name, in the names' order. For JAX, int64, uint64 and float64 come as NumPy arrays
+        unless ``jax_enable_x64`` is set.
+
+    Raises:
+        ValueError: the file isn't what it says, or has a dtype that the framework lacks.
+        OSError: the file can't be read.
+
+    """
+    from quark_kernels import files
+
+    return files.load(path, framework)
+
+
+def to_compressed_tensors(q: Any, name: str = "weight", *, scale_dtype: str = "float32") -> dict[str, Any]:
+    """Return a QTensor's tensors in the layout of compressed-tensors (0.20), which vLLM and llm-compressor read.
+
+    ``pack-quantized``, for integers of at most 8 bits: ``NAME_packed`` (int32 words of a stream of offset binary codes
+    along the last axis), ``NAME_scale``, ``NAME_shape`` (int64) and, where ``q`` has zero points, ``NAME_zero_point``
+    (words too, along the rows; int8 per tensor). ``mxfp4-pack-quantized``: ``NAME_packed`` (uint8, low nibble first)
+    and ``NAME_scale`` (uint8, E8M0 codes). ``nvfp4-pack-quantized``: a float8_e4m3fn ``NAME_scale`` and
+    ``NAME_global_scale``, which is ``1 / q.global_scale`` in float32.
+
+    Only bits move, so that ``from_compressed_tensors`` gives the same QTensor. The exception is nvfp4's global scale g:
+    ``1 / (1 / g)`` is g's neighbour for one g in six. No choice of the reciprocal would keep them all, and what has
+    been there and back once stays as it is.
+
+    Args:
+        q: a QTensor of either framework: integers with float32 scales per tensor, per row (``PerChannel(0)`` in 2-D,
+            ``PerToken()``) or per group along the last axis, at least 2-D; or 2-D mxfp4 or nvfp4. Whole groups only.
+        name: what the tensors' names start with: the name of the weight, such as ``"lm_head.weight"``.
+        scale_dtype: of a pack-quantized scale: float32, bfloat16 or float16 (models store it in their own dtype).
+
+    Returns:
+        Tensors of q's framework, on q's device; they may share its memory. In JAX ``NAME_shape`` is a NumPy array
+        unless ``jax_enable_x64`` is set.
+
+    Raises:
+        TypeError: not a QTensor.
+        ValueError: the package has no layout for it, ``q``'s scales don't fit ``scale_dtype`` exactly, a zero point
+            isn't one of the format's codes, or the parts of ``q`` don't fit together.
+
+    """
+    from quark_kernels import compressed_tensors
+
+    return compressed_tensors.to_tensors(q, name, scale_dtype)
+
+
+def from_compressed_tensors(
+    tensors: Mapping[str, Any], spec: Any, name: str = "weight", *, dtype: Any = None, packed: bool | None = None
+) -> Any:
+    """Return the QTensor that tensors in the layout of compressed-tensors stand for; see ``to_compressed_tensors``.
+
+    The tensors alone don't say what they are, so ``spec`` does. Bits move, and scales of 16 bits become float32 ones.
+    Of an unsigned spec, such as ``uint4``, codes and zero points are the package's plus half the range: the same bits.
+
+    Args:
+        tensors: torch tensors or JAX arrays by name; others than the weight's are ignored.
+        spec: a QuantSpec, a preset's name, or what the model's ``config.json`` has: a config group or its ``weights``.
+        name: what the tensors' names start with.
+        dtype: of the original weight, or its name; None: that of the scale, or bfloat16 for mxfp4 and nvfp4.
+        packed: as for ``quantize``.
+
+    Returns:
+        A QTensor of the tensors' framework, on the device of ``NAME_packed``, whose memory it may share.
+
+    Raises:
+        TypeError: a wrong kind of tensor or dtype.
+        ValueError: a tensor is missing or has another shape, or the package has no layout for the spec.
+
+    """
+    from quark_kernels import compressed_tensors
+
+    return compressed_tensors.from_tensors(tensors, spec, name, dtype, packed)
+
+
+def compressed_tensors_scheme(spec: QuantSpec) -> dict[str, Any]:
+    """Return what ``config.json`` says of weights in this spec: a config group's ``format`` and ``weights``.
+
+    ``from_compressed_tensors`` takes it as its ``spec``. Unsigned formats are the package's asymmetric integers.
+
+    Raises:
+        ValueError: the package has no layout for the spec.
+
+    """
+    from quark_kernels import compressed_tensors
+
+    return compressed_tensors.scheme(spec)
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------
