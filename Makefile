@@ -11,7 +11,7 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-cpp test-clang lint format generated bench harden clean
+.PHONY: demo test test-python test-peers test-cpp test-clang lint format generated bench harden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
@@ -20,6 +20,11 @@ test: test-cpp test-python
 
 test-python: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python -m pytest
+
+# What torchao and compressed-tensors make of the same numbers.
+test-peers: $(VENV)/.installed $(VENV)/.test-tools
+	$(PIP) --group peers
+	$(BIN)/python -m pytest -q tests/test_torchao.py tests/test_compressed_tensors.py
 
 # ---- environments ----------------------------------------------------------------------------------------------------
 
@@ -37,6 +42,7 @@ $(VENV)/.installed: $(VENV)/.frameworks $(SOURCES)
 
 $(VENV)/.test-tools: $(VENV)/.frameworks pyproject.toml
 	$(PIP) --group test --group lint
+	$(if $(filter jax,$(FRAMEWORKS)),$(PIP) flax)
 	touch $@
 
 # ---- C++ -------------------------------------------------------------------------------------------------------------

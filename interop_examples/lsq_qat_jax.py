@@ -1,4 +1,4 @@
-"""Learn the quantizer's scales in JAX: the twin of `lsq_qat_torch.py`, with jit, grad and a hand-written Adam.
+"""Learn the quantizer's scales in JAX: the twin of `lsq_qat_torch.py`, with Flax NNX and optax.
 
     python interop_examples/lsq_qat_jax.py
 
@@ -12,23 +12,23 @@ two: sums of products of 4-bit numbers are then exact in float32, whatever their
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import quark_jax as qj
 import quark_kernels
+from quark_jax.nnx import LSQFakeQuantize, TQTFakeQuantize
 
 Array = NDArray[Any]
-Layers = list[dict[str, Any]]  # of {"weight": [out, in], "bias": [out], "weight_scale", "input_scale"}
-State = tuple[Layers, Layers, Layers, jax.Array]  # layers, Adam's two means, the steps taken
 
 DIGITS = load_file(Path(quark_kernels.__file__).with_name("data") / "digits.safetensors")
 METHODS = ("lsq", "tqt")
@@ -71,37 +71,36 @@ def start(method: str) -> list[dict[str, Array]]:
     return layers
 
 
-def scale_of(method: str, learned: Array) -> Array:
-    """Return the scale that a learned parameter means."""
-    return learned if method == "lsq" else np.ldexp(np.float32(1), np.ceil(learned).astype(int) - 3)
+# ---- Flax.
 
 
-# ---- JAX.
-
-
-def rounded_weight(method: str, layer: dict[str, Any]) -> jax.Array:
-    if method == "lsq":
-        return qj.lsq_quantize(layer["weight"], layer["weight_scale"], quant_min=-8, quant_max=7, axis=0)
-    if method == "tqt":
-        return qj.tqt_quantize(layer["weight"], layer["weight_scale"], bits=4)
-    return layer["weight"]
-
-
-def rounded_input(method: str, layer: dict[str, Any], x: jax.Array) -> jax.Array:
+def rounding(method: str, layer: dict[str, Array]) -> tuple[nnx.Module, nnx.Module]:
+    """Return what rounds a layer's weight and its inputs to 4 bits."""
+    weight, inputs = layer["weight_scale"], layer["input_scale"]
     if method == "lsq":  # neither pixels nor what ReLU leaves is negative
-        return qj.lsq_quantize(x, layer["input_scale"], quant_min=0, quant_max=15)
-    if method == "tqt":
-        return qj.tqt_quantize(x, layer["input_scale"], bits=4)
-    return x
+        return LSQFakeQuantize(4, axis=0, scale=weight), LSQFakeQuantize(4, signed=False, scale=inputs)
+    return TQTFakeQuantize(4, log_threshold=weight), TQTFakeQuantize(4, log_threshold=inputs)
 
 
-def network(method: str, layers: Layers, x: jax.Array) -> jax.Array:
-    """Compute the logits with 4-bit weights and inputs, or with the method "float" in float32."""
-    for i, layer in enumerate(layers):
-        x = jax.nn.relu(x) if i else x
-        product = rounded_input(method, layer, x) @ rounded_weight(method, layer).T  # exact with the first scales
-        x = product + layer["bias"]
-    return x
+class QuantLinear(nnx.Module):
+    """A linear layer with 4-bit weights and inputs that learns their scales; with "float" it computes in float32."""
+
+    def __init__(self, method: str, layer: dict[str, Array]) -> None:
+        self.weight, self.bias = (nnx.Param(jnp.asarray(layer[name])) for name in ("weight", "bias"))
+        if method != "float":
+            self.of_weight, self.of_input = rounding(method, layer)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
+        weight = self.weight[...]
+        if hasattr(self, "of_weight"):
+            x, weight = self.of_input(x), self.of_weight(weight)
+        product = x @ weight.T  # exact with the first scales
+        return product + self.bias[...]
+
+
+def network(method: str) -> nnx.Sequential:
+    first, second, last = (QuantLinear(method, layer) for layer in start(method))
+    return nnx.Sequential(first, jax.nn.relu, second, jax.nn.relu, last)
 
 
 def first_forward(method: str) -> Array:
@@ -109,77 +108,72 @@ def first_forward(method: str) -> Array:
 
     Without `jit`, which would leave XLA free to start a sum with the bias, and then its order would matter.
     """
-    layers = jax.tree.map(jnp.asarray, start(method))
-    return np.asarray(network(method, layers, jnp.asarray(pixels("train_images")[next(batches())])))
+    return np.asarray(network(method)(jnp.asarray(pixels("train_images")[next(batches())])))
 
 
-def loss_of(layers: Layers, method: str, x: jax.Array, labels: jax.Array) -> jax.Array:
-    log_probabilities = jax.nn.log_softmax(network(method, layers, x))
-    return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
+def adam(method: str, steps: int) -> optax.GradientTransformation:
+    """Return an Adam that gives weights and scales a rate each."""
+    # LSQ scales a scale's gradient by grad_factor, by default 1/sqrt(n * quant_max), so that scale and weights learn at
+    # one pace. It matters to SGD; Adam divides any constant factor out again and needs a rate of its own instead.
+    # A threshold between two good powers of two would hop to and fro for ever. So scales rest after half of the time,
+    # and the weights settle around them.
+    rates = {
+        False: optax.linear_schedule(RATE, 0, steps),
+        True: optax.linear_schedule(SCALE_RATE[method], 0, steps // 2),
+    }
+    parts = {is_scale: optax.adam(rate) for is_scale, rate in rates.items()}
+    return optax.partition(parts, lambda tree: jax.tree.map_with_path(lambda path, _: "of_" in str(path), tree))
 
 
-@partial(jax.jit, static_argnames="method")
-def adam(state: State, done: jax.Array, x: jax.Array, labels: jax.Array, method: str) -> State:
-    """Take one step after the share `done` of them. Scales have a rate of their own."""
-    layers, mean, square, t = state
-    t = t + 1
-    gradients = jax.grad(loss_of)(layers, method, x, labels)
-    mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, gradients)
-    square = jax.tree.map(lambda s, g: 0.999 * s + 0.001 * g**2, square, gradients)
+@nnx.jit
+def step(model: nnx.Module, optimizer: nnx.Optimizer, x: jax.Array, labels: jax.Array) -> None:
+    def loss_of(model: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
 
-    def update(path: Any, p: jax.Array, m: jax.Array, s: jax.Array) -> jax.Array:
-        # LSQ scales a scale's gradient by grad_factor, by default 1/sqrt(n * quant_max), so that scale and weights
-        # learn at one pace. It matters to SGD; Adam divides any constant factor out again.
-        # A threshold between two good powers of two would hop to and fro for ever. So scales rest after half of the
-        # time, and the weights settle around them.
-        is_scale = path[-1].key.endswith("_scale")
-        rate = SCALE_RATE[method] * jnp.maximum(1 - 2 * done, 0) if is_scale else RATE * (1 - done)
-        p = p - rate * (m / (1 - 0.9**t)) / (jnp.sqrt(s / (1 - 0.999**t)) + 1e-8)
-        return jnp.maximum(p, SMALLEST) if is_scale and method == "lsq" else p
-
-    return jax.tree.map_with_path(update, layers, mean, square), mean, square, t
+    optimizer.update(model, nnx.grad(loss_of)(model))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LSQFakeQuantize):
+            module.scale[...] = jnp.maximum(module.scale[...], SMALLEST)
 
 
-def train(layers: Layers, method: str) -> Layers:
+def train(model: nnx.Module, method: str) -> None:
     """Train weights and scales together."""
     x, labels, indices = jnp.asarray(pixels("train_images")), jnp.asarray(DIGITS["train_labels"]), list(batches())
-    zeros = jax.tree.map(jnp.zeros_like, layers)
-    state = (layers, zeros, zeros, jnp.zeros(()))
-    for i, batch in enumerate(indices):
-        state = adam(state, jnp.float32(i / len(indices)), x[batch], labels[batch], method)
-    return state[0]
+    optimizer = nnx.Optimizer(model, adam(method, len(indices)), wrt=nnx.Param)
+    for batch in indices:
+        step(model, optimizer, x[batch], labels[batch])
 
 
-def accuracy(layers: Layers, method: str) -> float:
+def accuracy(model: nnx.Module) -> float:
     """Return the share of held-out images that the model gets right."""
-    guesses = network(method, layers, jnp.asarray(pixels("images"))).argmax(axis=1)
+    guesses = model(jnp.asarray(pixels("images"))).argmax(axis=1)
     return float(np.mean(np.asarray(guesses) == DIGITS["labels"]))
 
 
 def main() -> dict[str, float]:
-    first = {method: jax.tree.map(jnp.asarray, start(method)) for method in METHODS}
-    exact, accuracies = accuracy(first["lsq"], "float"), {}
+    exact, accuracies = accuracy(network("float")), {}
     print(f"float32: {exact:.1%} of the held-out images right")
     for method in METHODS:
-        layers = train(first[method], method)
-        before, after = accuracy(first[method], method), accuracy(layers, method)
-        accuracies[method] = after
+        first, model = network(method), network(method)
+        before = accuracy(first)
+        train(model, method)
+        after = accuracies[method] = accuracy(model)
         print(f"{method}, 4 bits: {before:.1%} rounded without training, {after:.1%} after QAT")
-        for i, (old, layer) in enumerate(zip(first[method], layers, strict=True)):
-            for name in ("input_scale", "weight_scale"):
-                was, now = (scale_of(method, np.asarray(x[name])) for x in (old, layer))
-                what = f"layer {i} {name.replace('_', ' ')}" + (f", mean of {now.size}" if now.size > 1 else "")
+        for i, (old, layer) in enumerate(zip(first.layers[::2], model.layers[::2], strict=True)):
+            for name in ("of_input", "of_weight"):
+                was, now = (jnp.asarray(getattr(module, name).scale) for module in (old, layer))
+                what = f"layer {i} {name[3:]} scale" + (f", mean of {now.size}" if now.ndim else "")
                 print(f"  {what}: {was.mean():.4f} -> {now.mean():.4f}")
                 assert (now > 0).all()
-                assert not jnp.array_equal(layer[name], old[name])
-        assert after > exact - 0.01
+            states = (jax.tree.leaves(nnx.state(module, nnx.Param)) for module in (old, layer))
+            assert not any(jnp.array_equal(a, b) for a, b in zip(*states, strict=True))
+        assert after > exact - 0.015
 
         # A learned scale is a scale like any other: the codes to serve stand for what training computed with.
-        last = layers[-1]
-        scale = jnp.asarray(scale_of(method, np.asarray(last["weight_scale"])))
-        axis = 0 if method == "lsq" else None
-        codes = qj.quantize(last["weight"], "int4", scale=scale, axis=axis, packed=True)
-        assert jnp.array_equal(codes.dequantize(), rounded_weight(method, last))
+        last = model.layers[-1]
+        weight, scale = last.weight[...], jnp.asarray(last.of_weight.scale)
+        codes = qj.quantize(weight, last.of_weight.spec, scale=scale, packed=True)
+        assert jnp.array_equal(codes.dequantize(), last.of_weight(weight))
         print(f"  serving {codes}")
     return accuracies
 

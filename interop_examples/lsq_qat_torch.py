@@ -26,6 +26,7 @@ from torch.nn import functional
 
 import quark_kernels
 import quark_torch as qt
+from quark_torch.nn import LSQFakeQuantize, TQTFakeQuantize
 
 Array = NDArray[Any]
 
@@ -70,42 +71,28 @@ def start(method: str) -> list[dict[str, Array]]:
     return layers
 
 
-def scale_of(method: str, learned: Array) -> Array:
-    """Return the scale that a learned parameter means."""
-    return learned if method == "lsq" else np.ldexp(np.float32(1), np.ceil(learned).astype(int) - 3)
-
-
 # ---- torch.
 
 
-class QuantLinear(nn.Module):
-    """A linear layer with 4-bit weights and inputs that learns their scales ("lsq"; "tqt": log2 of the thresholds).
+def rounding(method: str, layer: dict[str, Array]) -> tuple[nn.Module, nn.Module]:
+    """Return what rounds a layer's weight and its inputs to 4 bits."""
+    weight, inputs = (torch.tensor(layer[name]) for name in ("weight_scale", "input_scale"))
+    if method == "lsq":  # neither pixels nor what ReLU leaves is negative
+        return LSQFakeQuantize(4, axis=0, scale=weight), LSQFakeQuantize(4, signed=False, scale=inputs)
+    return TQTFakeQuantize(4, log_threshold=weight), TQTFakeQuantize(4, log_threshold=inputs)
 
-    With the method "float" it computes in float32.
-    """
+
+class QuantLinear(nn.Module):
+    """A linear layer with 4-bit weights and inputs that learns their scales; with "float" it computes in float32."""
 
     def __init__(self, method: str, layer: dict[str, Array]) -> None:
         super().__init__()
-        self.method = method
-        for name, value in layer.items():
-            self.register_parameter(name, nn.Parameter(torch.tensor(value)))
-
-    def rounded_weight(self) -> Tensor:  # noqa: D102
-        if self.method == "lsq":
-            return qt.lsq_quantize(self.weight, self.weight_scale, quant_min=-8, quant_max=7, axis=0)
-        if self.method == "tqt":
-            return qt.tqt_quantize(self.weight, self.weight_scale, bits=4)
-        return self.weight
-
-    def rounded_input(self, x: Tensor) -> Tensor:  # noqa: D102
-        if self.method == "lsq":  # neither pixels nor what ReLU leaves is negative
-            return qt.lsq_quantize(x, self.input_scale, quant_min=0, quant_max=15)
-        if self.method == "tqt":
-            return qt.tqt_quantize(x, self.input_scale, bits=4)
-        return x
+        self.weight, self.bias = (nn.Parameter(torch.tensor(layer[name])) for name in ("weight", "bias"))
+        float32 = nn.Identity(), nn.Identity()
+        self.of_weight, self.of_input = float32 if method == "float" else rounding(method, layer)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        product = functional.linear(self.rounded_input(x), self.rounded_weight())  # exact with the first scales
+        product = functional.linear(self.of_input(x), self.of_weight(self.weight))  # exact with the first scales
         return product + self.bias
 
 
@@ -122,8 +109,8 @@ def first_forward(method: str) -> Array:
 
 def train(model: nn.Sequential, method: str) -> None:
     """Train weights and scales together; each group has its rate."""
-    scales = [p for name, p in model.named_parameters() if name.endswith("_scale")]
-    others = [p for name, p in model.named_parameters() if not name.endswith("_scale")]
+    scales = [p for name, p in model.named_parameters() if ".of_" in name]
+    others = [p for name, p in model.named_parameters() if ".of_" not in name]
     # LSQ scales a scale's gradient by grad_factor, by default 1/sqrt(n * quant_max), so that scale and weights learn at
     # one pace. It matters to SGD; Adam divides any constant factor out again and needs a rate of its own instead.
     optimizer = torch.optim.Adam([{"params": others}, {"params": scales}])
@@ -156,27 +143,24 @@ def main() -> dict[str, float]:
     exact, accuracies = accuracy(network("float")), {}
     print(f"float32: {exact:.1%} of the held-out images right")
     for method in METHODS:
-        model = network(method)
-        before = accuracy(model)
+        first, model = network(method), network(method)
+        before = accuracy(first)
         train(model, method)
         after = accuracies[method] = accuracy(model)
         print(f"{method}, 4 bits: {before:.1%} rounded without training, {after:.1%} after QAT")
-        for i, (old, layer) in enumerate(zip(start(method), model[::2], strict=True)):
-            for name in ("input_scale", "weight_scale"):
-                learned = getattr(layer, name).detach().numpy()
-                was, now = scale_of(method, old[name]), scale_of(method, learned)
-                what = f"layer {i} {name.replace('_', ' ')}" + (f", mean of {now.size}" if now.size > 1 else "")
+        for i, (old, layer) in enumerate(zip(first[::2], model[::2], strict=True)):
+            for name in ("of_input", "of_weight"):
+                was, now = (getattr(module, name).scale.detach() for module in (old, layer))
+                what = f"layer {i} {name[3:]} scale" + (f", mean of {now.numel()}" if now.dim() else "")
                 print(f"  {what}: {was.mean():.4f} -> {now.mean():.4f}")
                 assert (now > 0).all()
-                assert not np.array_equal(learned, old[name])
-        assert after > exact - 0.01
+            assert not any(torch.equal(a, b) for a, b in zip(old.parameters(), layer.parameters(), strict=True))
+        assert after > exact - 0.015
 
         # A learned scale is a scale like any other: the codes to serve stand for what training computed with.
         last = model[-1]
-        scale = torch.tensor(scale_of(method, last.weight_scale.detach().numpy()))
-        axis = 0 if method == "lsq" else None
-        codes = qt.quantize(last.weight, "int4", scale=scale, axis=axis, packed=True)
-        assert torch.equal(codes.dequantize(), last.rounded_weight())
+        codes = qt.quantize(last.weight, last.of_weight.spec, scale=last.of_weight.scale, packed=True)
+        assert torch.equal(codes.dequantize(), last.of_weight(last.weight))
         print(f"  serving {codes}")
     return accuracies
 
