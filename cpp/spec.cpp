@@ -144,7 +144,6 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
   if (is_integer) {
     if (!has_min) spec.quant_min = f.lo;
     if (!has_max) spec.quant_max = f.hi;
-    const FloatEnvironment environment;  // comparing NaN traps where the host wants that
     const bool is_free = spec.ieee && !spec.packed && !spec.shares_exponent();
     const float lo = is_free ? -0x1p23f : f.lo, hi = is_free ? 0x1p23f : f.hi;
     const auto is_code = [&](float v) { return v >= lo && v <= hi && std::nearbyint(v) == v; };
@@ -180,6 +179,7 @@ const Format& e4m3_format() {
 }
 
 Status parse_spec(std::string_view text, QuantSpec& spec) {
+  const FloatEnvironment environment;  // reading numbers rounds, and comparing NaN traps where the host wants that
   spec = {};
   bool has_min = false, has_max = false, is_signed = false, is_codes = false;
   int bits = 0;
