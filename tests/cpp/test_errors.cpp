@@ -15,15 +15,18 @@ using arrays::Shape;
 using check::Random;
 using quark::DType;
 using quark::ErrorKind;
+using quark::Method;
 using quark::Op;
 using quark::QuantSpec;
 using quark::Rounding;
 using quark::ScaleFormat;
+using quark::ScaleRule;
 using quark::Status;
 using quark::TensorView;
 
 /// An error of that kind whose message has all of the given words.
-void check_error(const Status& status, ErrorKind kind, std::initializer_list<const char*> words) {
+using Words = std::vector<const char*>;
+void check_error(const Status& status, ErrorKind kind, const Words& words) {
   CHECK_EQ(status.kind(), kind);
   for (const char* word : words) {
     if (status.message().find(word) != std::string::npos) continue;
@@ -42,7 +45,7 @@ QuantSpec good(std::string_view text) {
   return spec;
 }
 
-void bad(std::string_view text, std::initializer_list<const char*> words) {
+void bad(std::string_view text, const Words& words) {
   const check::Note note([=] { return "spec \"" + std::string(text) + "\""; });
   QuantSpec spec;
   check_error(quark::parse_spec(text, spec), ErrorKind::value, words);
@@ -66,8 +69,24 @@ TEST(good_specs) {
   CHECK(good("fp4 scale=e8m0 block=1,32").scale_format == ScaleFormat::e8m0);
   CHECK(good("int8 scale=exponent block=1,0").scale_format == ScaleFormat::exponent);
   CHECK(good("int8 scale=microexponents block=1,16,1").scale_format == ScaleFormat::microexponents);
+  CHECK(good("fp4 scale=e4m3 block=1,16").scale_format == ScaleFormat::e4m3);
+  CHECK(good("fp4 scale=global block=0,0").scale_format == ScaleFormat::global);
   CHECK(good("int8 block=1,16 scale=exponent").shares_exponent());
   CHECK(!good("int8 block=1,16 scale=e8m0").shares_exponent());
+  const std::pair<const char*, ScaleRule> rules[] = {
+      {"floor", ScaleRule::floor}, {"ceil", ScaleRule::ceil}, {"even", ScaleRule::even}, {"rceil", ScaleRule::rceil}};
+  for (const auto& [name, rule] : rules) CHECK(good(std::string("fp4 scale=e8m0 rule=") + name).scale_rule == rule);
+  CHECK(good("int8 scale=exponent rule=fit ieee").scale_rule == ScaleRule::fit);
+  CHECK(good("int8 rule=floor").scale_rule == ScaleRule::floor);
+  CHECK(good("int8").method == Method::extremes);
+  CHECK(good("fp4 scale=e8m0 method=mse").method == Method::mse);
+  for (const double percent : {100.0, 99.99, 50.0, 0.001, 5e-324}) {
+    char text[64];
+    std::snprintf(text, sizeof text, "int8 asymmetric method=percentile:%.17g", percent);
+    CHECK(good(text).method == Method::percentile);
+    CHECK_EQ(good(text).percentile, percent);
+  }
+  CHECK(good("int8 method=percentile:99 rounding=stochastic").rounding == Rounding::stochastic);
   const QuantSpec plain = good("int8");
   CHECK(!plain.reciprocal && !plain.shifted && !plain.narrow && !plain.plus_zero && !plain.ieee);
   const QuantSpec floats = good("fp4 narrow plus_zero ieee");
@@ -107,6 +126,23 @@ TEST(good_specs) {
     CHECK_EQ(with_sign.format.lo, -std::ldexp(1.0f, bits - 1));
     CHECK_EQ(with_sign.format.hi, std::ldexp(1.0f, bits - 1) - 1);
     CHECK(with_sign.format.storage == DType::int8);
+  }
+}
+
+TEST(optional_letters) {
+  const std::pair<const char*, std::string_view> calls[] = {{"int8", ""},
+                                                            {"int8 asymmetric", ""},
+                                                            {"fp4 scale=e8m0 rounding=stochastic", "k"},
+                                                            {"fp4 scale=e4m3", "g"},
+                                                            {"fp4 scale=global", ""},
+                                                            {"int8 scale=exponent", ""},
+                                                            {"int8 scale=microexponents block=2", "p"},
+                                                            {"fp4 scale=e4m3 rounding=stochastic", "gk"}};
+  for (const auto& [text, optional] : calls) {
+    const check::Note note(text);
+    for (const char letter : std::string_view("gkp"))
+      CHECK_EQ(good(text).takes(letter), optional.find(letter) != std::string_view::npos);
+    for (const char letter : std::string_view("xqcsnz")) CHECK(good(text).takes(letter));
   }
 }
 
@@ -160,12 +196,43 @@ TEST(bad_specs) {
     const std::string text = std::string("int8 ") + word;
     bad(text + " reciprocal", {"shared exponent"});
     bad(text + " shifted", {"shared exponent"});
-    bad(text + " rounding=half_up", {"half_even"});
+    bad(text + " ieee rounding=half_up", {"half_even"});
     bad(text + " asymmetric", {"float32", "asymmetric"});
   }
   for (const char* block :
        {"", " block=7", " block=1,7", " block=0", " block=1,0", " block=1", " block=2,2", " block=16,0"})
     bad(std::string("int8 scale=microexponents") + block, {"microexponents", "even", "one axis"});
+  for (const char* name : {"e8m0", "e4m3", "global", "exponent", "microexponents block=2"}) {
+    const std::string scale = std::string(" scale=") + name;
+    bad("int8 asymmetric" + scale, {"int8", "float32", "asymmetric"});
+    for (const char* format : {"bf16", "fp16"}) bad(format + scale, {format, "float32", "cast"});
+  }
+  bad("fp4 scale=e8m0 rule=up", {"rule=up"});
+  bad("fp4 scale=e8m0 rule=", {"rule="});
+  bad("fp4 scale=e8m0 rule", {"'rule'"});
+  for (const char* scale : {"float32", "e4m3", "global", "exponent", "microexponents"})
+    for (const char* rule : {"ceil", "even", "rceil"})
+      bad(std::string("int8 block=16 scale=") + scale + " rule=" + rule, {"rule=", rule, "scale=", scale});
+  for (const char* scale : {"float32", "e8m0", "e4m3", "global", "microexponents"})
+    bad(std::string("int8 ieee block=16 scale=") + scale + " rule=fit", {"rule=fit", "scale=", scale});
+  bad("int8 scale=exponent rule=fit", {"rule=fit", "ieee"});
+  for (const char* method :
+       {"", "minmax", "MSE", "mse:1", "percentile", "percentile:", "percentile:x", "percentile:50x", "percentile: 50",
+        "percentile:0", "percentile:-0", "percentile:-1", "percentile:100.00001", "percentile:1e9", "percentile:inf",
+        "percentile:-inf", "percentile:nan", "percentile:1e-400", "percentile:50:50"}) {
+    const std::string word = std::string("method=") + method;
+    if (word.find(' ') == std::string::npos) bad("int8 " + word, {"can't read", word.c_str()});
+    bad(word, {"unknown format"});
+  }
+  for (const char* method : {"mse", "percentile:99"})
+    for (const char* scale : {"e4m3", "global", "exponent", "microexponents"})
+      bad(std::string("int8 block=16 scale=") + scale + " method=" + method, {"method", "float32 and e8m0", scale});
+  bad("int8 method=mse rounding=stochastic", {"mse", "stochastic"});
+  for (const char* text :
+       {"int8 reciprocal", "int8 shifted", "int8 ieee", "fp4 ieee", "fp8_e4m3 ieee", "int8 scale=exponent ieee"})
+    bad(std::string(text) + " rounding=stochastic", {"stochastic", "plain"});
+  for (const char* text : {"fp4 narrow", "fp16", "bf16"})
+    bad(std::string(text) + " rounding=stochastic", {"half_even"});
   for (const char* format : {"fp4", "fp8_e4m3", "int8f6", "bf16"}) {
     bad(std::string(format) + " reciprocal", {"reciprocal", "integer", format});
     bad(std::string(format) + " shifted", {"shifted", "integer", format});
@@ -224,7 +291,7 @@ struct Call {
     return quark::run(op, in, out, spec, executor);
   }
   /// Refused, and nothing written.
-  void refused(ErrorKind kind, std::initializer_list<const char*> words) {
+  void refused(ErrorKind kind, const Words& words) {
     const check::Note note(quark::kOps[int(op)].name);
     const std::vector<Array> before = arrays;
     check_error(run(), kind, words);
@@ -288,7 +355,7 @@ TEST(wrong_counts) {
 }
 
 TEST(wrong_dtypes) {
-  const auto refuse = [](Call c, bool is_output, size_t at, DType dtype, std::initializer_list<const char*> words) {
+  const auto refuse = [](Call c, bool is_output, size_t at, DType dtype, const Words& words) {
     (is_output ? c.out : c.in)[at].dtype = dtype;
     c.refused(ErrorKind::type, words);
   };
@@ -357,10 +424,18 @@ TEST(learned_scales) {
                 {"lsq_backward: axis 1 has length 6", "multiple", std::to_string(c.spec.block[1]).c_str()});
     }
   }
-  for (const char* text : {"fp4 block=1,3", "int8f6 block=1,3", "bf16 block=1,3", "int8 block=1,3 scale=exponent"}) {
+  for (const char* text : {"fp4 block=1,3", "int8f6 block=1,3", "bf16 block=1,3"}) {
     Call c = lsq_call(text);
     c.in.pop_back();
     c.refused(ErrorKind::value, {"lsq_backward: ", "format", c.spec.format.name, "integer"});
+  }
+  for (const char* words : {"scale=e8m0", "scale=exponent"})
+    lsq_call((std::string("int8 block=1,3 ") + words).c_str())
+        .refused(ErrorKind::value, {"lsq_backward: ", "gradient", "float32"});
+  lsq_call("int8 block=1,3 rounding=stochastic").refused(ErrorKind::value, {"lsq_backward: ", "stochastic", "key"});
+  for (const Op op : {Op::tqt_quantize, Op::tqt_backward}) {
+    tqt_call(op, 8, "int8 block=0,0 scale=e8m0").refused(ErrorKind::value, {"gradient", "float32"});
+    tqt_call(op, 8, "int8 block=0,0 rounding=stochastic").refused(ErrorKind::value, {"stochastic", "key"});
   }
   {
     Call c = lsq_call();
@@ -486,28 +561,269 @@ TEST(wide_codes) {
   backward.refused(ErrorKind::type, {"dequantize_backward: input 1", "int32", "allowed: int8"});
 }
 
-TEST(shared_exponents_have_no_codes) {
-  for (const char* text :
-       {"int8 block=8 scale=exponent", "int8 block=8 scale=microexponents", "int8 block=8 scale=exponent packed"}) {
-    const DType dtype = good(text).packed ? DType::uint8 : DType::int8;
-    Call quantize(Op::quantize, text, {array(DType::float32, {8}), number(1)}, {array(dtype, {8})});
-    quantize.refused(ErrorKind::unsupported, {"quantize: output 0", "share an exponent"});
-    Call dynamic(Op::quantize_dynamic, text, {array(DType::float32, {8})}, {array(dtype, {8}), number(1)});
-    dynamic.refused(ErrorKind::unsupported, {"quantize_dynamic: output 0", "share an exponent"});
-    Call dequantize(Op::dequantize, text, {array(dtype, {8}), number(1)}, {array(DType::float32, {8})});
-    dequantize.refused(ErrorKind::unsupported, {"dequantize: input 0", "share an exponent"});
-    Call backward(Op::dequantize_backward, text, {array(DType::float32, {8}), array(dtype, {8})}, {number(1)});
-    backward.refused(ErrorKind::unsupported, {"dequantize_backward: input 1", "share an exponent"});
-    Call values(Op::quantize_values, text, {array(DType::float32, {8}), number(1)}, {array(DType::float32, {8})});
-    values.refused(ErrorKind::unsupported, {"quantize_values: ", "share an exponent"});
-    Call fake(Op::fake_quantize_dynamic, text, {array(DType::float32, {8})}, {array(DType::float32, {8}), number(1)});
-    CHECK(fake.run().ok());
+// ---- scale formats and optional tensors ---------------------------------------------------------------------------
+
+DType scale_dtype(const QuantSpec& spec) {
+  if (spec.scale_format == ScaleFormat::e4m3) return DType::float8_e4m3fn;
+  if (spec.scale_format == ScaleFormat::e8m0) return DType::float8_e8m0fnu;
+  return spec.shares_exponent() && !spec.ieee ? DType::int8 : DType::float32;
+}
+
+/// The letters of a call's tensors, without zero points.
+std::string letters_of(const char* row, const QuantSpec& spec) {
+  std::string letters;
+  for (const char letter : std::string_view(row))
+    if (letter != 'z' && spec.takes(letter)) letters += letter;
+  return letters;
+}
+
+/// A call on data of shape (4, 33), symmetric and unpacked, with the tensors that its row and spec say. Blocks are of
+/// 16 along the last axis.
+Call call_of(Op op, const std::string& text) {
+  const QuantSpec spec = good(text + " block=1,16");
+  const auto make = [&](char letter) {
+    switch (letter) {
+      case 'q': return array(spec.ieee && spec.format.is_integer() ? DType::int32 : spec.format.storage, {4, 33});
+      case 's': return array(scale_dtype(spec), {4, 3});
+      case 'g': return number(1);
+      case 'p': return array(DType::uint8, {4, 3});
+      case 'k': return array(DType::int32, {2});
+      default: return array(DType::float32, {4, 33});
+    }
+  };
+  std::vector<Array> in, out;
+  for (const char letter : letters_of(quark::kOps[int(op)].ins, spec)) in.push_back(make(letter));
+  for (const char letter : letters_of(quark::kOps[int(op)].outs, spec)) out.push_back(make(letter));
+  return Call(op, text + " block=1,16", std::move(in), std::move(out));
+}
+
+/// Every operator with optional tensors, and specs that have all of them.
+const std::vector<Op> kBlockOps = {Op::choose_qparams,        Op::quantize,
+                                   Op::quantize_dynamic,      Op::dequantize,
+                                   Op::fake_quantize,         Op::fake_quantize_dynamic,
+                                   Op::fake_quantize_backward};
+const std::vector<std::string> kBlockTexts = {"int8",
+                                              "fp8_e4m3 rounding=stochastic",
+                                              "fp4 scale=e8m0 rule=even",
+                                              "fp4 scale=e4m3",
+                                              "fp4 scale=e4m3 rounding=stochastic",
+                                              "int8 scale=exponent",
+                                              "int5 scale=microexponents",
+                                              "int5 scale=microexponents rounding=stochastic"};
+
+template <class F>
+void for_each_block_call(const F& f) {
+  for (const Op op : kBlockOps)
+    for (const std::string& text : kBlockTexts) {
+      const check::Note note([&] { return quark::kOps[int(op)].name + (" \"" + text) + "\""; });
+      f(op, text);
+    }
+}
+
+TEST(every_optional_tensor_has_to_be_there) {
+  for_each_block_call([](Op op, const std::string& text) {
+    CHECK(call_of(op, text).run().ok());
+    const QuantSpec spec = good(text + " block=1,16");
+    for (const bool is_output : {false, true}) {
+      const char* row = is_output ? quark::kOps[int(op)].outs : quark::kOps[int(op)].ins;
+      const size_t n = letters_of(row, spec).size();
+      for (size_t i = 0; i < n; ++i) {
+        Call c = call_of(op, text);
+        auto& side = is_output ? c.out : c.in;
+        side.erase(side.begin() + int64_t(i));
+        const Status status = c.run();  // another one may have taken its place
+        CHECK(!status.ok());
+        check_error(status, status.kind(), {quark::kOps[int(op)].name});
+      }
+      Call more = call_of(op, text);  // one could be a zero point
+      auto& side = is_output ? more.out : more.in;
+      side.insert(side.end(), 2, TensorView(side.back()));
+      more.refused(ErrorKind::value, {"got", "with this spec its row is"});
+      if (n < 2) continue;
+      Call c = call_of(op, text);
+      (is_output ? c.out : c.in).resize(0);
+      c.refused(ErrorKind::value, {"got", "with this spec its row is"});
+    }
+  });
+  Call c = call_of(Op::quantize, "fp4 scale=e4m3 rounding=stochastic");
+  c.in.resize(2);
+  c.refused(ErrorKind::value, {"quantize: got 2 inputs", "(xsgkz)", "(q)"});
+  Call d = call_of(Op::fake_quantize_dynamic, "int5 scale=microexponents");
+  d.out.resize(1);
+  d.refused(ErrorKind::value, {"fake_quantize_dynamic: got 1 inputs and 1 outputs", "(xspz)"});
+}
+
+constexpr DType kAllDTypes[] = {
+#define QUARK_DTYPE(name, bytes, dlpack, xla) DType::name,
+    QUARK_DTYPES(QUARK_DTYPE)
+#undef QUARK_DTYPE
+};
+
+/// Which dtypes a tensor of a letter may have.
+bool is_allowed(char letter, DType t, const QuantSpec& spec, bool is_output) {
+  const bool is_float = t <= DType::float64;
+  switch (letter) {
+    case 'x': return is_float;
+    case 'g': return t == DType::float32;
+    case 'p': return t == DType::uint8;
+    case 'k': return t == DType::int32;
+    case 'q': return t == spec.format.storage || (spec.format.is_fp8() && t == DType::uint8);
+    default: break;
+  }
+  const bool is_number = is_output ? t == DType::float32 : is_float;
+  if (spec.scale_format == ScaleFormat::e4m3) return t == DType::float8_e4m3fn;
+  if (t == DType::float8_e8m0fnu) return spec.scale_format == ScaleFormat::e8m0 || spec.shares_exponent();
+  return is_number || (spec.shares_exponent() && t == DType::int8);
+}
+
+TEST(dtypes_of_every_letter) {
+  for_each_block_call([](Op op, const std::string& text) {
+    const QuantSpec spec = good(text + " block=1,16");
+    for (const bool is_output : {false, true}) {
+      const std::string letters = letters_of(is_output ? quark::kOps[int(op)].outs : quark::kOps[int(op)].ins, spec);
+      for (size_t i = 0; i < letters.size(); ++i) {
+        for (const DType dtype : kAllDTypes) {
+          Call c = call_of(op, text);
+          TensorView& t = (is_output ? c.out : c.in)[i];
+          Array other = array(dtype, Shape(t.shape, t.shape + t.rank));
+          t = other.view();
+          const std::string name = (is_output ? "output " : "input ") + std::to_string(i);
+          const check::Note note([&] { return name + " of " + quark::name_of(dtype); });
+          if (is_allowed(letters[i], dtype, spec, is_output)) {
+            CHECK(c.run().ok());
+          } else {
+            c.refused(ErrorKind::type, {name.c_str(), quark::name_of(dtype), "allowed: "});
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(shapes_of_optional_tensors) {
+  const std::pair<char, std::vector<Shape>> wrong[] = {
+      {'s', {{4}, {3, 4}, {4, 1}, {4, 2}, {4, 4}, {4, 33}, {}, {12}, {4, 3, 1}}},
+      {'g', {{0}, {2}, {1, 2}, {4, 3}}},
+      {'p', {{4}, {3, 4}, {4, 1}, {4, 2}, {4, 4}, {4, 33}, {}, {12}, {4, 3, 1}, {1, 1}}},
+      {'k', {{}, {1}, {3}, {2, 1}, {1, 2}, {0}}}};
+  for_each_block_call([&](Op op, const std::string& text) {
+    const QuantSpec spec = good(text + " block=1,16");
+    for (const bool is_output : {false, true}) {
+      const std::string letters = letters_of(is_output ? quark::kOps[int(op)].outs : quark::kOps[int(op)].ins, spec);
+      for (const auto& [letter, shapes] : wrong) {
+        const size_t at = letters.find(letter);
+        if (at == std::string::npos) continue;
+        for (const Shape& shape : shapes) {
+          Call c = call_of(op, text);
+          TensorView& t = (is_output ? c.out : c.in)[at];
+          Array other = array(t.dtype, shape);
+          t = other.view();
+          c.refused(ErrorKind::value,
+                    {((is_output ? "output " : "input ") + std::to_string(at)).c_str(), "shape", "expected"});
+        }
+      }
+    }
+  });
+  // Any shape of one element is a tensor's scale.
+  for (const Shape& shape : {Shape{}, Shape{1}, Shape{1, 1, 1}}) {
+    Call c = call_of(Op::fake_quantize_dynamic, "fp4 scale=e4m3");
+    Array g = array(DType::float32, shape);
+    c.out[2] = g.view();
+    CHECK(c.run().ok());
+  }
+}
+
+TEST(layouts_of_optional_tensors) {
+  Array wide = array(DType::uint8, {4, 6});
+  Call c = call_of(Op::choose_qparams, "int5 scale=microexponents");
+  TensorView t = wide.view();
+  t.shape[1] = 3;
+  c.out[1] = t;
+  c.refused(ErrorKind::value, {"choose_qparams: output 1", "contiguous"});
+  t.strides[0] = 0;
+  c.out[1] = t;
+  c.refused(ErrorKind::value, {"choose_qparams: output 1", "overlaps itself"});
+  Call d = call_of(Op::fake_quantize, "int5 scale=microexponents");
+  d.in[2] = t;  // inputs may be anything
+  CHECK(d.run().ok());
+  Call e = call_of(Op::fake_quantize, "int8 rounding=stochastic");
+  for (const int64_t stride : {1, 0, -1}) {
+    e.in[2].strides[0] = stride;
+    if (stride < 0) e.in[2].data = static_cast<char*>(e.in[2].data) + 4;
+    CHECK(e.run().ok());
+  }
+  Call f = call_of(Op::fake_quantize_dynamic, "int5 scale=microexponents");
+  f.out[2].data = f.out[1].data;
+  f.refused(ErrorKind::value, {"outputs 1 and 2 overlap"});
+  Call g = call_of(Op::fake_quantize_dynamic, "fp4 scale=e4m3");
+  g.out[2].data = g.out[0].data;
+  g.refused(ErrorKind::value, {"outputs 0 and 2 overlap"});
+  Call k = call_of(Op::fake_quantize, "int8 rounding=stochastic");
+  k.in[2].data = k.out[0].data;
+  k.refused(ErrorKind::value, {"output 0 overlaps input 2"});
+}
+
+TEST(what_goes_with_which_operator) {
+  struct Refused {
+    Op op;
+    const char* text;
+    ErrorKind kind;
+    Words words;
+  };
+  std::vector<Refused> all;
+  for (const Op op : kBlockOps) {
+    if (op == Op::choose_qparams) continue;
+    for (const char* text : {"int8 method=mse", "fp4 scale=e8m0 method=percentile:99"})
+      all.push_back({op, text, ErrorKind::value, {"method", "choose_qparams"}});
+    all.push_back({op, "fp4 scale=global", ErrorKind::value, {"scale=global", "choose_qparams"}});
+  }
+  for (const char* text : {"fp4 scale=e4m3", "int8 scale=exponent", "int5 scale=microexponents"}) {
+    all.push_back({Op::quantize_values, text, ErrorKind::unsupported, {"float32 and e8m0"}});
+    all.push_back({Op::dequantize_backward, text, ErrorKind::value, {"gradient", "float32"}});
+  }
+  all.push_back({Op::dequantize_backward, "fp4 scale=e8m0", ErrorKind::value, {"gradient", "float32"}});
+  for (const char* text : {"int8", "fp4", "fp4 scale=e8m0"}) {
+    all.push_back({Op::quantize_values, text, ErrorKind::none, {}});
+    all.push_back({Op::choose_qparams, text, ErrorKind::none, {}});
+  }
+  for (const char* text : {"int8 rounding=stochastic", "fp4 scale=e8m0 rounding=stochastic"})
+    all.push_back({Op::quantize_values, text, ErrorKind::value, {"stochastic", "key"}});
+  for (const char* text : {"int8 scale=exponent rule=fit ieee", "int5 scale=microexponents ieee"}) {
+    for (const Op op : {Op::quantize, Op::quantize_dynamic, Op::dequantize, Op::dequantize_backward})
+      all.push_back({op, text, ErrorKind::unsupported, {"no codes", "finite elements"}});
+    for (const Op op : {Op::fake_quantize, Op::fake_quantize_dynamic, Op::fake_quantize_backward, Op::choose_qparams})
+      all.push_back({op, text, ErrorKind::none, {}});
+    all.push_back({Op::quantize_values, text, ErrorKind::unsupported, {"float32 and e8m0"}});
+  }
+  for (const char* text : {"fp4 scale=global", "int8 method=mse", "fp4 scale=e8m0 method=percentile:1"})
+    all.push_back({Op::choose_qparams, text, ErrorKind::none, {}});
+  for (const Refused& r : all) {
+    const check::Note note(r.text);
+    Call c = call_of(r.op, r.text);
+    if (r.kind == ErrorKind::none) {
+      CHECK(c.run().ok());
+    } else {
+      c.refused(r.kind, r.words);
+    }
+  }
+}
+
+/// Scales of exponents that codes can't have are numbers.
+TEST(exponents_of_the_finite_elements_are_numbers) {
+  for (const char* text : {"int8 scale=exponent rule=fit ieee", "int5 scale=microexponents ieee"}) {
+    for (const DType dtype : {DType::int8, DType::float8_e8m0fnu}) {
+      Array s = array(dtype, {4, 3});
+      Call given = call_of(Op::fake_quantize, text), chosen = call_of(Op::choose_qparams, text);
+      given.in[1] = s.view();
+      given.refused(ErrorKind::type, {"fake_quantize: input 1", quark::name_of(dtype), "allowed: a float dtype"});
+      chosen.out[0] = s.view();
+      chosen.refused(ErrorKind::type, {"choose_qparams: output 0", quark::name_of(dtype), "allowed: float32"});
+    }
   }
 }
 
 TEST(wrong_shapes) {
-  const auto refuse = [](Call c, bool is_output, size_t at, const Shape& shape,
-                         std::initializer_list<const char*> words) {
+  const auto refuse = [](Call c, bool is_output, size_t at, const Shape& shape, const Words& words) {
     Array other = array((is_output ? c.out : c.in)[at].dtype, shape);
     (is_output ? c.out : c.in)[at] = other.view();
     c.refused(ErrorKind::value, words);
@@ -561,7 +877,7 @@ TEST(on_a_gpu) {
 }
 
 /// Sets one axis of every data-shaped tensor, so that only the shape itself is wrong.
-void refuse_length(Call c, int axis, int64_t length, std::initializer_list<const char*> words) {
+void refuse_length(Call c, int axis, int64_t length, const Words& words) {
   const int rank = c.in[0].rank;
   for (auto* tensors : {&c.in, &c.out})
     for (TensorView& t : *tensors)
@@ -741,37 +1057,97 @@ void fill(Random& random, Array& a, bool is_scale) {
   }
 }
 
+/// Whether an operator can be called with a spec.
+bool goes_with(Op op, const QuantSpec& spec) {
+  if (op == Op::choose_qparams) return true;
+  if (spec.method != Method::extremes) return false;
+  const bool is_number = spec.scale_format == ScaleFormat::float32, is_random = spec.rounding == Rounding::stochastic;
+  switch (op) {
+    case Op::convert:
+    case Op::pack:
+    case Op::unpack: return false;
+    case Op::quantize_values: return !is_random && (is_number || spec.scale_format == ScaleFormat::e8m0);
+    case Op::quantize:
+    case Op::quantize_dynamic:
+    case Op::dequantize: return !(spec.shares_exponent() && spec.ieee);
+    case Op::dequantize_backward: return is_number;
+    case Op::lsq_backward:
+    case Op::tqt_quantize:
+    case Op::tqt_backward: return is_number && !is_random && spec.format.is_integer();
+    default: return true;
+  }
+}
+
 TEST(results_do_not_depend_on_the_host_s_float_environment) {
   Random random(2);
-  for (const char* format :
-       {"int8", "uint4 asymmetric", "int8f6", "fp8_e4m3", "fp8_e5m2", "fp4", "fp16", "bf16", "int8 shifted reciprocal",
-        "int16 ieee reciprocal asymmetric", "fp8_e4m3 narrow plus_zero scale=e8m0", "int4 scale=e8m0",
-        "int8 scale=exponent", "int5 scale=microexponents min=-15 max=15"}) {
-    const bool has_pairs = std::string_view(format).find("micro") != std::string_view::npos;
-    const std::string text = std::string(format) + (has_pairs ? " block=1,8" : " block=0,8");
-    const QuantSpec spec = good(text);
-    const bool is_integer = spec.format.is_integer();
-    const DType storage = spec.ieee && is_integer ? DType::int32 : spec.format.storage;
+  for (const char* words : {"int8",
+                            "uint4 asymmetric",
+                            "int8f6",
+                            "fp8_e4m3",
+                            "fp8_e5m2",
+                            "fp4",
+                            "fp16",
+                            "bf16",
+                            "int8 shifted reciprocal",
+                            "int16 ieee reciprocal asymmetric",
+                            "fp8_e4m3 narrow plus_zero scale=e8m0",
+                            "int4 scale=e8m0 rule=even",
+                            "fp4 scale=e8m0 rule=rceil",
+                            "fp4 scale=e4m3",
+                            "int8 scale=exponent",
+                            "int8 scale=exponent rule=fit ieee",
+                            "int5 scale=microexponents min=-15 max=15",
+                            "int8 scale=microexponents ieee",
+                            "fp8_e5m2 rounding=stochastic",
+                            "int4 asymmetric rounding=stochastic",
+                            "fp4 scale=e8m0 method=mse",
+                            "int4 asymmetric method=mse",
+                            "int8 method=percentile:90"}) {
+    const bool has_pairs = std::string_view(words).find("micro") != std::string_view::npos;
+    const std::string text = std::string(words) + (has_pairs ? " block=1,8" : " block=0,8");
     for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16, DType::float64}) {
-      const Shape shape = {40, 64}, scales = {has_pairs ? 40 : 1, 8};
-      Array x(random, dtype, shape), y(random, dtype, shape), s(random, DType::float32, scales),
-          q(random, storage, shape);
-      fill(random, x, false);
-      fill(random, y, false);
-      fill(random, s, true);
-      std::vector<Array> z;
-      if (!spec.symmetric) z.emplace_back(random, DType::int32, scales);
-      const auto call = [&](Op op, std::vector<Array> in, std::vector<Array> out, bool zero_in, bool zero_out) {
-        if (zero_in && !z.empty()) in.push_back(z[0]);
-        if (zero_out && !z.empty()) out.push_back(z[0]);
-        const check::Note note(
-            [&] { return std::string(quark::kOps[int(op)].name) + " " + text + " " + quark::name_of(dtype); });
-        std::vector<Array> plain = out, flushed = out;
-        const QuantSpec own =
-            good(op == Op::tqt_quantize || op == Op::tqt_backward ? std::string(format) + " block=0,0" : text);
+      for (int op = 0; op < quark::kOpCount; ++op) {
+        const bool is_tqt = Op(op) == Op::tqt_quantize || Op(op) == Op::tqt_backward;
+        if (!goes_with(Op(op), good(text))) continue;
+        const QuantSpec spec = good(is_tqt ? std::string(words) + " block=0,0" : text);
+        const bool is_learned = is_tqt || Op(op) == Op::lsq_backward;
+        const auto make = [&](char letter) {
+          const Shape shape = {40, 64}, scales = is_tqt ? Shape{1, 1} : Shape{has_pairs ? 40 : 1, 8};
+          const bool is_wide = spec.ieee && spec.format.is_integer();
+          switch (letter) {
+            case 'q': return array(is_wide ? DType::int32 : spec.format.storage, shape);
+            case 'n': return number(is_tqt ? 128 : 1e-40f);
+            case 'g': return number(0x1p-130f);
+            case 'p': return array(DType::uint8, {40, 4});
+            case 'k': return array(DType::int32, {2});
+            case 'z': return array(DType::int32, scales);
+            case 's': {
+              if (is_tqt) return number(-126);
+              Array s = array(scale_dtype(spec), scales);
+              if (s.dtype() == DType::float32) fill(random, s, true);
+              return s;
+            }
+            default: {
+              Array x = array(dtype, shape);
+              fill(random, x, false);
+              for (int64_t i = 0; is_learned && i < x.elements(); ++i)
+                x.put_number(i, double(random.between(1, 60'000)));
+              return x;
+            }
+          }
+        };
+        const auto [name, ins, outs] = quark::kOps[op];
+        const check::Note note([&] { return name + (" " + text) + " " + quark::name_of(dtype); });
+        std::vector<Array> in, plain;
+        const bool has_zero = !spec.symmetric && !is_learned;
+        for (const char letter : std::string_view(ins))
+          if (letter == 'z' ? has_zero : spec.takes(letter)) in.push_back(make(letter));
+        for (const char letter : std::string_view(outs))
+          if (letter == 'z' ? has_zero : spec.takes(letter)) plain.push_back(make(letter));
+        std::vector<Array> flushed = plain;
         const auto run = [&](std::vector<Array>& results, quark::Executor& executor) {
           const auto inputs = arrays::views(in), outputs = arrays::views(results);
-          const Status status = quark::run(op, inputs, outputs, own, executor);
+          const Status status = quark::run(Op(op), inputs, outputs, spec, executor);
           if (!status.ok()) check::fail(__FILE__, __LINE__, status.message());
         };
         quark::SerialExecutor serial;
@@ -785,26 +1161,8 @@ TEST(results_do_not_depend_on_the_host_s_float_environment) {
           after = hostile::control();
         }
         CHECK_EQ(before, after);
-        for (size_t i = 0; i < out.size(); ++i) CHECK(plain[i].bytes() == flushed[i].bytes());
-      };
-      call(Op::choose_qparams, {x}, {s}, false, true);
-      call(Op::fake_quantize, {x, s}, {y}, true, false);
-      call(Op::fake_quantize_dynamic, {x}, {y, s}, false, true);
-      call(Op::fake_quantize_backward, {x, y, s}, {x}, true, false);
-      if (spec.shares_exponent()) continue;
-      call(Op::quantize, {x, s}, {q}, true, false);
-      call(Op::quantize_values, {x, s}, {y}, false, false);
-      call(Op::quantize_dynamic, {x}, {q, s}, false, true);
-      call(Op::dequantize, {q, s}, {x}, true, false);
-      call(Op::dequantize_backward, {x, q}, {s}, true, false);
-      if (!is_integer) continue;
-      // A factor and a scale that are subnormal.
-      z.clear();
-      Array large(random, dtype, shape);
-      for (int64_t i = 0; i < large.elements(); ++i) large.put_number(i, double(random.between(1, 60'000)));
-      call(Op::lsq_backward, {large, large, s, number(1e-40f)}, {y, s}, false, false);
-      call(Op::tqt_quantize, {x, number(-126), number(128)}, {y}, false, false);
-      call(Op::tqt_backward, {large, large, number(-126), number(128)}, {y, number(0)}, false, false);
+        for (size_t i = 0; i < plain.size(); ++i) CHECK(plain[i].bytes() == flushed[i].bytes());
+      }
     }
   }
 }
@@ -828,6 +1186,12 @@ TEST(parsing_does_not_depend_on_the_float_environment) {
   CHECK(quark::parse_spec("int8 min=-127 max=127", spec).ok());
   CHECK_EQ(spec.quant_min, -127.0f);
   CHECK(!quark::parse_spec("int8 max=126.5", spec).ok());
+  CHECK(quark::parse_spec("int8 method=percentile:99.99", spec).ok());
+  CHECK_EQ(spec.percentile, 99.99);
+  CHECK(quark::parse_spec("int8 method=percentile:0.3", spec).ok());
+  CHECK_EQ(spec.percentile, 0.3);
+  for (const char* percent : {"nan", "-nan", "0", "1e-320x", "100.1"})
+    CHECK(!quark::parse_spec(std::string("int8 method=percentile:") + percent, spec).ok());
 }
 
 }  // namespace
