@@ -261,16 +261,16 @@ inline void choose_pairs(const TensorView& x, const ScaleTensors& out, const Qua
           const int64_t from = (index / inner / bytes * length + along) * inner + index % inner;
           const int64_t n = min(kPairByte, length - along);
           uint32_t below = 0xffffu;
-          alignas(64) float x[kPairByte], s[kPairByte];
+          alignas(64) float buffer[kPairByte], scale[kPairByte];
           if (inner == 1) {
-            const float* values = t.data.load(from, n, x);
-            const float* scales = t.scales.load(from, n, s);
+            const float* values = t.data.load(from, n, buffer);
+            const float* scales = t.scales.load(from, n, scale);
             for (int64_t i = 0; i < n; ++i)
               if (!is_below_exponent(values[i], scales[i], t.grid)) below &= ~(1u << i);
           } else {
             for (int64_t i = 0; i < n; ++i) {
-              const float value = *t.data.load(from + i * inner, 1, x);
-              if (!is_below_exponent(value, *t.scales.load(from + i * inner, 1, s), t.grid)) below &= ~(1u << i);
+              const float value = *t.data.load(from + i * inner, 1, buffer);
+              if (!is_below_exponent(value, *t.scales.load(from + i * inner, 1, scale), t.grid)) below &= ~(1u << i);
             }
           }
           // Element bits 2 j and 2 j + 1 to pair bit j.

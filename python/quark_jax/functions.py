@@ -69,7 +69,8 @@ def _dtype_name(spec: Any) -> str | None:
         return None
 
 
-def _spec(spec: object) -> QuantSpec:
+def resolve_spec(spec: object) -> QuantSpec:
+    """Return the QuantSpec that a preset's name, a dtype or a QuantSpec stands for."""
     return as_spec(spec, None if spec is None else _dtype_name(spec))
 
 
@@ -263,7 +264,7 @@ def quantize(
 
     """
     x = check_data("x", x)
-    whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size, packed)
+    whole, op_spec = schema.plan(resolve_spec(spec), x.shape, axis, group_size, packed)
     packed = schema.use_packed(whole, packed)
     params = _qparams(whole, op_spec, x, scale, zero_point, seed)
     if params.scale is None:
@@ -383,7 +384,7 @@ def fake_quantize(
     """
     x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
-    whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
+    whole, op_spec = schema.plan(resolve_spec(spec), x.shape, axis, group_size)
     params = _qparams(whole, op_spec, x, scale, zero_point, seed)
     y: jax.Array = _fake_quantize(x, params, op_spec, gradient)
     return y
@@ -421,7 +422,7 @@ def choose_qparams(
 
     """
     x = check_data("x", x)
-    whole, op_spec = schema.plan(_spec(spec), x.shape, axis, group_size)
+    whole, op_spec = schema.plan(resolve_spec(spec), x.shape, axis, group_size)
     params = choose(x, op_spec.choosing(schema.expect_method(whole, method)))
     if op_spec.has_global_scale:
         return params.global_scale.reshape(()), None

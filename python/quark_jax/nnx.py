@@ -24,13 +24,13 @@ except ImportError:
     raise ImportError("quark_jax.nnx needs flax: pip install 'quark-kernels[flax]'") from None
 
 from quark_jax.functions import (
-    _spec,
     check_data,
     choose_qparams,
     dequantize,
     fake_quantize,
     lsq_quantize,
     quantize,
+    resolve_spec,
     tqt_quantize,
 )
 from quark_jax.primitives import call
@@ -59,9 +59,6 @@ __all__ = [
 ]
 
 LARGEST = float(np.finfo(np.float32).max)
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 # ---- observers -------------------------------------------------------------------------------------------------------
@@ -121,7 +118,7 @@ class MinMaxObserver(nnx.Module):
             ValueError: a spec that takes no given scale, or groups unlike those of the batches before.
 
         """
-        x, whole = lax.stop_gradient(check_data("x", x)), _spec(spec)
+        x, whole = lax.stop_gradient(check_data("x", x)), resolve_spec(spec)
         check_observable(whole)
         block, shape = state_shape(whole, x.shape)
         seen = self.min_val.get_value().shape
@@ -219,7 +216,7 @@ class FakeQuantize(nnx.Module):
         gradient: str = "clipped",
     ) -> None:
         one_of("gradient", gradient, schema.GRADIENTS)
-        self.spec, self.gradient = _spec(spec).along(axis, group_size), gradient
+        self.spec, self.gradient = resolve_spec(spec).along(axis, group_size), gradient
         self.observer_enabled: bool | None = None
         self.fake_quant_enabled = True
         self.use_running_average = False
@@ -417,7 +414,7 @@ class LSQFakeQuantize(_Learned):
         scale: jax.Array | float | None = None,
         grad_factor: float | None = None,
     ) -> None:
-        whole = learned_spec(spec if isinstance(spec, numbers.Integral) else _spec(spec), signed, axis)
+        whole = learned_spec(spec if isinstance(spec, numbers.Integral) else resolve_spec(spec), signed, axis)
         start = None if scale is None else jnp.array(scale, np.float32)
         shape = channels_shape(whole, channels, None if start is None else start.shape)
         if start is not None and not isinstance(start, jax.core.Tracer) and not bool((start > 0).all()):
@@ -550,7 +547,7 @@ class QuantizedLinear(nnx.Module):
         param_dtype: Any = np.float32,
     ) -> None:
         shape = (as_int("out_features", out_features, 0), as_int("in_features", in_features, 0))
-        seed = 0 if _spec(spec).rounding == "stochastic" else None  # which zeros need too
+        seed = 0 if resolve_spec(spec).rounding == "stochastic" else None  # which zeros need too
         zeros = jnp.zeros(shape, param_dtype)
         self._keep(quantize(zeros, spec, axis=axis, group_size=group_size, packed=packed, seed=seed))
         self.bias = nnx.Param(jnp.zeros(shape[0], param_dtype)) if use_bias else None

@@ -42,7 +42,8 @@ def check_data(name: str, x: object) -> torch.Tensor:
     return x
 
 
-def _spec(spec: object) -> QuantSpec:
+def resolve_spec(spec: object) -> QuantSpec:
+    """Return the QuantSpec that a preset's name, a dtype or a QuantSpec stands for."""
     return as_spec(spec, dtype_name(spec) if isinstance(spec, torch.dtype) else None)
 
 
@@ -227,7 +228,7 @@ def quantize(
     """
     x = check_data("x", x)
     shape = tuple(x.shape)
-    whole, op_spec = _plan(_spec(spec), shape, axis, group_size, packed)
+    whole, op_spec = _plan(resolve_spec(spec), shape, axis, group_size, packed)
     packed = schema.use_packed(whole, packed)
     params = _qparams(whole, op_spec, x, scale, zero_point, seed)
     if params.scale is None:
@@ -348,7 +349,7 @@ def fake_quantize(
     """
     x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
-    whole, op_spec = _plan(_spec(spec), tuple(x.shape), axis, group_size)
+    whole, op_spec = _plan(resolve_spec(spec), tuple(x.shape), axis, group_size)
     params = _qparams(whole, op_spec, x, scale, zero_point, seed)
     if out is not None:
         return _fake_quantize_out(x, params, op_spec, out)
@@ -424,7 +425,7 @@ def choose_qparams(
 
     """
     x = check_data("x", x)
-    whole, op_spec = _plan(_spec(spec), tuple(x.shape), axis, group_size)
+    whole, op_spec = _plan(resolve_spec(spec), tuple(x.shape), axis, group_size)
     op_spec = op_spec.choosing(schema.expect_method(whole, method))
     if op_spec.has_global_scale:
         return call("choose_qparams", [x.detach()], op_spec.global_spec()).reshape(()), None

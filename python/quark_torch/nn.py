@@ -18,7 +18,7 @@ from torch.nn import functional
 from quark_kernels import documented, schema
 from quark_kernels.documented import Given
 from quark_kernels.schema import OpSpec, Shape
-from quark_kernels.spec import PerChannel, PerGroup, QuantSpec, as_int, as_spec, one_of
+from quark_kernels.spec import PerChannel, PerGroup, QuantSpec, as_int, one_of
 from quark_kernels.training import (
     TINY,
     channels_shape,
@@ -36,9 +36,10 @@ from quark_torch.functions import (
     fake_quantize,
     lsq_quantize,
     quantize,
+    resolve_spec,
     tqt_quantize,
 )
-from quark_torch.ops import call, dtype_name
+from quark_torch.ops import call
 from quark_torch.qtensor import QTensor
 
 __all__ = [
@@ -51,13 +52,6 @@ __all__ = [
 ]
 
 LARGEST = float(torch.finfo(torch.float32).max)
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _spec(spec: object) -> QuantSpec:
-    return as_spec(spec, dtype_name(spec) if isinstance(spec, torch.dtype) else None)
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------
@@ -162,7 +156,7 @@ class MinMaxObserver(_Stateful):
             ValueError: a spec that takes no given scale, or groups unlike those of the batches before.
 
         """
-        x, whole = check_data("x", x), _spec(spec)
+        x, whole = check_data("x", x), resolve_spec(spec)
         check_observable(whole)
         block, shape = state_shape(whole, tuple(x.shape))
         seen = tuple(self.min_val.shape)
@@ -268,7 +262,7 @@ class FakeQuantize(_Stateful):
     ) -> None:
         super().__init__()
         one_of("gradient", gradient, schema.GRADIENTS)
-        self.spec, self.gradient = _spec(spec).along(axis, group_size), gradient
+        self.spec, self.gradient = resolve_spec(spec).along(axis, group_size), gradient
         self.observer_enabled: bool | None = None
         self.fake_quant_enabled = True
         scale = zero_point = None
@@ -440,7 +434,7 @@ class LSQFakeQuantize(_Learned):
         scale: Tensor | float | None = None,
         grad_factor: float | None = None,
     ) -> None:
-        whole = learned_spec(spec if isinstance(spec, numbers.Integral) else _spec(spec), signed, axis)
+        whole = learned_spec(spec if isinstance(spec, numbers.Integral) else resolve_spec(spec), signed, axis)
         start = None if scale is None else torch.as_tensor(scale).detach().to(torch.float32, copy=True)
         shape = channels_shape(whole, channels, None if start is None else tuple(start.shape))
         if start is not None and not bool((start > 0).all()):
@@ -592,7 +586,7 @@ class QuantizedLinear(_Stateful):
     ) -> None:
         super().__init__()
         shape = (as_int("out_features", out_features, 0), as_int("in_features", in_features, 0))
-        seed = 0 if _spec(spec).rounding == "stochastic" else None  # which zeros need too
+        seed = 0 if resolve_spec(spec).rounding == "stochastic" else None  # which zeros need too
         zeros = torch.zeros(shape, device=device, dtype=dtype)
         self._keep(quantize(zeros, spec, axis=axis, group_size=group_size, packed=packed, seed=seed))
         self.bias = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype)) if bias else None
