@@ -242,6 +242,25 @@ def test_corrupt_qtensors(framework: Any) -> None:
         dataclasses.replace(q, scale=None).dequantize()
 
 
+def test_blocks_that_need_any_memory(framework: Any) -> None:
+    """A packed block is filled up, so it can't be much longer than the row."""
+    for size in (257, 2**31, 2**62):
+        with pytest.raises(ValueError, match=f"packed is True; .* has blocks of {size}, allowed for .*: 256"):
+            framework.api.quantize(framework.array(X), "bfp16", group_size=size, packed=True)
+    for size in (256, 2**62):
+        q = framework.api.quantize(framework.array(X), "bfp16", group_size=size, packed=size == 256)
+        assert framework.numpy(q.dequantize()).shape == X.shape
+
+
+def test_specs_that_are_none(framework: Any) -> None:
+    import dataclasses
+
+    q = framework.api.quantize(framework.array(X), "int8")
+    for spec in ("int8", None, 8):
+        with pytest.raises(TypeError, match=f"spec is {spec!r}; allowed: a QuantSpec"):
+            dataclasses.replace(q, spec=spec).dequantize()
+
+
 def test_checks_do_not_depend_on_what_came_before(framework: Any) -> None:
     """1, True and 1.0 are one dictionary key, but only 1 is an axis."""
     api, x = framework.api, framework.array(X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,11 @@ def test_sizes(framework: Any, preset: str, packed: bool | None, bits_per_value:
     assert q.nbytes == nbytes
 
 
+def test_broken_parts_have_a_text(framework: Any) -> None:
+    q = framework.api.quantize(framework.array(data(4, 64)), "int8")
+    assert "int8" in repr(dataclasses.replace(q, pair_bits=q.qvalue))
+
+
 def test_repr(framework: Any) -> None:
     x = framework.array(data(4, 64))
     assert repr(framework.api.quantize(x, "nvfp4")) == (
@@ -185,8 +191,9 @@ def test_no_native_form(torch_frontend: Any, jax_frontend: Any) -> None:
         array = frontend.array(x)
         with pytest.raises(ValueError, match="bfp16.*has no native form"):
             frontend.api.quantize(array, "bfp16").native()
-        with pytest.raises(ValueError, match="no dtype for codes of fp6_e2m3"):
-            frontend.api.quantize(array, "mxfp6_e2m3").native()
+        for preset, name in (("mxfp6_e2m3", "fp6_e2m3"), ("mxint8", "int8f6")):  # whose codes count 64ths
+            with pytest.raises(ValueError, match=f"no dtype for codes of {name}"):
+                frontend.api.quantize(array, preset).native()
     with pytest.raises(ValueError, match="fp4 codes are one a byte"):
         torch_frontend.api.quantize(torch_frontend.array(x), "mxfp4", packed=False).native()
     with pytest.raises(ValueError, match="swizzled is True; the scales are torch.float32"):

@@ -150,3 +150,15 @@ def test_nvfp4_scales(kind: str, framework: Any) -> None:
     assert_same(bits(framework.numpy(q.global_scale)), bits(np.asarray(g.numpy())), "global scales")
     least = 0x08  # 2^-6
     assert_same(np.maximum(bits(framework.numpy(q.scale)), least), scale.view(torch.uint8).numpy(), "scales")
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (200, 96), (1, 32), (300, 512)], ids=str)
+def test_swizzled_scales(shape: tuple[int, int]) -> None:
+    """The layout of CUDA's scaled products."""
+    blocked = pytest.importorskip("torchao.prototype.mx_formats.utils").to_blocked
+    import quark_torch
+
+    q = quark_torch.quantize(torch.randn(shape), "mxfp4")
+    _, ours = q.native(swizzled=True)
+    theirs = blocked(q.scale.view(torch.uint8), use_triton_kernel=False)
+    assert torch.equal(ours.view(torch.uint8), theirs.flatten())

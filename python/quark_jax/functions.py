@@ -338,10 +338,10 @@ def native_codes(q: QTensor) -> jax.Array:
     name = "float4_e2m1fn" if q.spec.format == "fp4" else q.spec.format
     if q.spec.scale_format in ("exponent", "microexponents") or q.zero_point is not None:
         raise ValueError(f"{q!r} has no native form: JAX's products take no shared exponents and no zero points")
+    if q.spec.format == "int8f6" or (q.spec.element.can_pack and not hasattr(jnp, name)):
+        raise ValueError(f"JAX has no dtype for codes of {q.spec.format}")
     if not q.spec.element.can_pack:
         return q.qvalue
-    if not hasattr(jnp, name):
-        raise ValueError(f"JAX has no dtype for codes of {q.spec.format}")
     codes = q.qvalue
     if q.packed:
         codes = unpack(codes, q.spec.element.bits, signed=q.spec.element.lo < 0)

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     quantize.add_argument("--framework", choices=("torch", "jax"), default="torch", help="what quantizes")
     quantize.add_argument("--axis", type=int, help="the axis of channels, or that groups run along")
     quantize.add_argument("--group-size", type=int, metavar="N", help="how many elements share a scale")
-    quantize.add_argument("--packed", action=argparse.BooleanOptionalAction, help="pack codes; by default fp4 only")
+    quantize.add_argument(
+        "--packed", action=argparse.BooleanOptionalAction, help="pack codes; by default where they are below 8 bits"
+    )
     quantize.add_argument("--include", metavar="REGEX", help="quantize only tensors in whose names this is found")
     quantize.add_argument("--exclude", metavar="REGEX", help="copy tensors in whose names this is found")
     quantize.add_argument(

@@ -48,6 +48,7 @@ from quark_kernels.files import (
     widen,
     write_static,
 )
+from quark_kernels.formats import FORMATS
 from quark_kernels.schema import Shape
 from quark_kernels.spec import PRESETS, QuantSpec, as_int, one_of
 
@@ -65,6 +66,7 @@ class Options:
     axis: int | None = None
     group_size: int | None = None
     packed: bool | None = None
+    """None: wherever a code is narrower than a byte."""
     include: str | None = None
     """A regular expression; None: all names."""
     exclude: str | None = None
@@ -85,9 +87,14 @@ class Options:
                 text = f"{name} is {getattr(self, name)!r}; allowed: a regular expression"
                 raise ValueError(f"{text} ({error})") from None
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether codes are packed."""
+        return self.spec.element.can_pack if self.packed is None else self.packed
+
     def chooses(self, name: str, entry: Entry) -> bool:
-        """Whether a tensor is quantized; the others are copied."""
-        if DTYPES.get(entry.code) not in schema.FLOAT_DTYPES or len(entry.shape) < self.min_dim:
+        """Whether a tensor is quantized; the others, and those without elements, are copied."""
+        if DTYPES.get(entry.code) not in schema.FLOAT_DTYPES or len(entry.shape) < self.min_dim or not entry.nbytes:
             return False
         if self.include is not None and not re.search(self.include, name):
             return False
@@ -96,8 +103,8 @@ class Options:
     def static(self, name: str, shape: Shape, dtype: str) -> Static:
         """What a tensor of this shape and dtype becomes."""
         try:
-            whole, _ = schema.plan(self.spec, shape, self.axis, self.group_size, self.packed)
-            return Static(whole, shape, dtype, schema.use_packed(whole, self.packed))
+            whole, _ = schema.plan(self.spec, shape, self.axis, self.group_size, self.is_packed)
+            return Static(whole, shape, dtype, self.is_packed)
         except ValueError as error:
             raise ValueError(f"{name!r} of shape {shape}: {error}") from None
 
@@ -177,7 +184,9 @@ class Quantizer:
         x = from_raw(raw, options.framework)
         if isinstance(x, np.ndarray):
             raise ValueError(f"{name!r} is {raw.dtype}; JAX has no such dtype unless jax_enable_x64 is set (torch has)")
-        q = self.api.quantize(x, options.spec, axis=options.axis, group_size=options.group_size, packed=options.packed)
+        q = self.api.quantize(
+            x, options.spec, axis=options.axis, group_size=options.group_size, packed=options.is_packed
+        )
         del x
         assert static_of(q) == static, (static_of(q), static)
         if options.sqnr:
@@ -370,15 +379,23 @@ def directory(path: Path) -> Iterator[Path]:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+def read_spec(text: str) -> QuantSpec:
+    """Return the spec of a preset's name or a QuantSpec's text. Raises ValueError for anything else."""
+    if text.partition(" ")[0] not in FORMATS:
+        one_of("spec", text, PRESETS)
+    return PRESETS[text] if text in PRESETS else QuantSpec.parse(text)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command. Returns the exit status: 0, 2 where the input is wrong, 130 after Ctrl-C."""
     try:
-        spec = PRESETS[arguments.spec] if arguments.spec in PRESETS else QuantSpec.parse(arguments.spec)
+        spec = read_spec(arguments.spec)
         names = ("framework", "axis", "group_size", "packed", "include", "exclude", "min_dim", "sqnr")
         options = Options(spec, **{name: getattr(arguments, name) for name in names})
         done = quantize_checkpoint(arguments.source, arguments.target, options)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"quark_kernels quantize: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"quark_kernels quantize: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("quark_kernels quantize: interrupted, nothing was written", file=sys.stderr)

@@ -76,8 +76,9 @@ def has_zero_point(spec: QuantSpec) -> bool:
     return not spec.symmetric or (spec.element.is_integer and spec.element.lo >= 0)
 
 
-def scheme(spec: QuantSpec) -> dict[str, Any]:
+def scheme(spec: QuantSpec | str) -> dict[str, Any]:
     """Return the ``format`` and ``weights`` of a config group; ``interop.compressed_tensors_scheme`` says the rest."""
+    spec = as_spec(spec, None)
     layout = layout_of(spec)
     weights: dict[str, Any] = {
         "num_bits": spec.element.bits,

@@ -409,6 +409,8 @@ class Static(NamedTuple):
 
 def static_of(q: QTensorBase) -> Static:
     """What a QTensor has besides arrays."""
+    if not isinstance(q.spec, QuantSpec):
+        raise TypeError(f"q.spec is {q.spec!r}; allowed: a QuantSpec")
     return Static(q.spec, tuple(q.shape), str(getattr(q.dtype, "name", q.dtype)).removeprefix("torch."), q.packed)
 
 
@@ -472,7 +474,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Map
             plain[name] = value
             continue
         arrays = {part: getattr(value, part) for part in value.ARRAYS if getattr(value, part) is not None}
-        statics[name] = static_of(value)
+        statics[name] = Static.from_json(static_of(value).to_json())  # what can't be read again isn't written
         statics[name].check(name, {part: describe(f"{name}: {part}", a) for part, a in arrays.items()})
         plain |= {f"{name}.{part}": a for part, a in arrays.items()}
     check_names(tensors, statics)

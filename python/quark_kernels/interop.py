@@ -208,12 +208,19 @@ def from_compressed_tensors(
     return compressed_tensors.from_tensors(tensors, spec, name, dtype, packed)
 
 
-def compressed_tensors_scheme(spec: QuantSpec) -> dict[str, Any]:
+def compressed_tensors_scheme(spec: QuantSpec | str) -> dict[str, Any]:
     """Return what ``config.json`` says of weights in this spec: a config group's ``format`` and ``weights``.
 
     ``from_compressed_tensors`` takes it as its ``spec``. Unsigned formats are the package's asymmetric integers.
 
+    Args:
+        spec: a QuantSpec, or a preset's name.
+
+    Returns:
+        A dictionary that JSON can hold.
+
     Raises:
+        TypeError: another kind of spec.
         ValueError: the package has no layout for the spec.
 
     """

@@ -78,8 +78,8 @@ class QTensorBase:
             bits += prod(self.scale_shape) * (32 if self.spec.scale_format == "float32" else 8)
         if self.global_scale is not None:
             bits += 32
-        if self.pair_bits is not None:
-            axis = self.spec.granularity.axis  # type: ignore[union-attr]
+        if self.spec.scale_format == "microexponents" and isinstance(self.spec.granularity, PerGroup):
+            axis = self.spec.granularity.axis
             bits += n // self.shape[axis] * -(-self.shape[axis] // 2)
         if self.zero_point is not None:
             bits += prod(self.zero_point.shape) * self.spec.element.bits

@@ -215,6 +215,8 @@ def plan(
     remember: bool = True,
 ) -> tuple[QuantSpec, OpSpec]:
     """Return what a call with these static arguments does: the spec with its granularity, and the core's spec."""
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"spec is {spec!r}; allowed: a QuantSpec")
     if axis is not None:
         axis = as_int("axis", axis)
     if group_size is not None:
@@ -230,7 +232,7 @@ def _plan(
     whole = spec.along(axis, group_size)
     packed = use_packed(whole, packed)
     if is_interleaved(whole, packed):
-        _expect_interleaved(whole, len(shape))
+        _expect_interleaved(whole, shape)
     return whole, op_spec(whole, shape, packed, dtype)
 
 
@@ -537,10 +539,13 @@ def is_interleaved(spec: QuantSpec, packed: bool) -> bool:
     return packed and spec.scale_format == "exponent" and spec.element.bits == 8
 
 
-def _expect_interleaved(spec: QuantSpec, rank: int) -> None:
+def _expect_interleaved(spec: QuantSpec, shape: Shape) -> None:
     granularity = spec.granularity
-    if not isinstance(granularity, PerGroup) or granularity.axis not in (-1, rank - 1):
+    if not isinstance(granularity, PerGroup) or granularity.axis not in (-1, len(shape) - 1):
         raise ValueError(f"packed is True; {spec} has packed blocks only in groups along the last axis")
+    longest = max(shape[-1], 256)  # a short block is filled up, so a long one could need any memory
+    if granularity.size > longest:
+        raise ValueError(f"packed is True; {spec} has blocks of {granularity.size}, allowed for {shape}: {longest}")
 
 
 def group_size(spec: QuantSpec) -> int:

@@ -14,7 +14,11 @@ from quark_kernels.spec import QuantSpec
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QTensor(QTensorBase):
-    """A quantized torch tensor; see ``QTensorBase`` for the attributes. A torch pytree whose leaves are the tensors."""
+    """A quantized torch tensor; see ``QTensorBase`` for the attributes. A torch pytree whose leaves are the tensors.
+
+    ``torch.save`` keeps it, and ``torch.load`` reads it with ``weights_only=False``; ``interop.save_safetensors`` and
+    ``load_safetensors`` need no trust in the file.
+    """
 
     qvalue: torch.Tensor
     scale: Any
@@ -60,7 +64,7 @@ class QTensor(QTensorBase):
                     "fp4 codes are one a byte; torch takes packed ones, allowed: quantize(..., packed=True)"
                 )
             codes = codes.view(torch.float4_e2m1fn_x2)
-        elif self.packed or self.spec.element.can_pack:
+        elif self.packed or self.spec.element.can_pack or self.spec.format == "int8f6":
             raise ValueError(f"torch has no dtype for codes of {self.spec.format}")
         if not swizzled:
             return codes, scale
@@ -79,7 +83,18 @@ class QTensor(QTensorBase):
         return self.qvalue.device
 
     def to(self, device: torch.device | str) -> QTensor:
-        """Return the same tensor with its arrays on ``device``."""
+        """Return the same tensor with its arrays on ``device``.
+
+        Args:
+            device: a device or its name.
+
+        Returns:
+            A new QTensor; arrays that are there already are shared.
+
+        Raises:
+            RuntimeError: torch has no such device.
+
+        """
         device = torch.device(device)  # a dtype would convert the codes
         arrays = {name: getattr(self, name) for name in self.ARRAYS}
         return replace(self, **{name: a.to(device) for name, a in arrays.items() if a is not None})
