@@ -18,6 +18,7 @@ import quark_torch as qt
 import reference
 from frontends import bits
 from quark_kernels import PRESETS, PerBlock, PerToken, QuantSpec, schema
+from quark_kernels.formats import FIXED_ROUNDINGS
 from quark_torch.nn import (
     FakeQuantize,
     LSQFakeQuantize,
@@ -235,6 +236,13 @@ def test_an_observer_of_the_user() -> None:
     assert torch.equal(module(x), qt.fake_quantize(x, "int4", scale=x.abs().median() / 7))
 
 
+def passed(x: Any) -> Any:
+    """What a module makes of x that neither observes nor rounds."""
+    module = FakeQuantize("int8")
+    module.disable_fake_quant()
+    return module(x)
+
+
 # ---- modes, states, gradients ----------------------------------------------------------------------------------------
 
 
@@ -276,6 +284,7 @@ MODULES: dict[str, Any] = {
     "lsq": lambda: LSQFakeQuantize(4),
     "lsq channels": lambda: LSQFakeQuantize(3, axis=0, channels=SHAPE[0]),
     "tqt": lambda: TQTFakeQuantize(4),
+    "tqt max": lambda: TQTFakeQuantize(4, init="max"),
 }
 
 
@@ -330,6 +339,130 @@ def test_load_of_other_channels_fails() -> None:
         module(torch.ones(2, width))
     with pytest.raises(RuntimeError, match="size mismatch"):
         modules[0].load_state_dict(modules[1].state_dict())
+
+
+def of_channels(observer: bool) -> Any:
+    module = FakeQuantize("uint4", MinMaxObserver(), axis=0)
+    module(tensor(batch(0)))
+    return module.observer if observer else module
+
+
+# What is loaded into which module, and the error; the rest of the state is the module's own.
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (lambda: QuantizedLinear(8, 4, "int8"), {"qvalue": torch.full((4, 8), 300)}, "qvalue has dtype int64; .*: int8"),
+    (lambda: QuantizedLinear(8, 4, "int8"), {"qvalue": torch.full((4, 8), 0.7)}, "qvalue has dtype float32; .*: int8"),
+    (lambda: QuantizedLinear(8, 4, "int8"), {"scale": torch.ones((), dtype=torch.float16)}, "scale has dtype float16"),
+    (
+        lambda: QuantizedLinear(8, 4, "mxfp4"),
+        {"scale": torch.full((4, 1), 127, dtype=torch.uint8)},
+        "scale has dtype uint8; allowed: float8_e8m0fnu",
+    ),
+    (
+        lambda: QuantizedLinear(16, 4, "nvfp4"),
+        {"global_scale": torch.ones((), dtype=torch.float64)},
+        "global_scale has dtype float64; allowed: float32",
+    ),
+    (lambda: QuantizedLinear(16, 4, "mx6"), {"pair_bits": torch.ones(4, 1)}, "pair_bits has dtype float32; .*: uint8"),
+    (lambda: QuantizedLinear(8, 4, "uint8"), {"zero_point": torch.tensor(1.5)}, "zero_point has dtype float32"),
+    (
+        lambda: FakeQuantize("int8", MinMaxObserver()),
+        {"scale": torch.ones((), dtype=torch.bfloat16)},
+        "scale has dtype bfloat16; allowed: float32",
+    ),
+    (
+        lambda: FakeQuantize("uint8", MinMaxObserver()),
+        {"zero_point": torch.tensor(3.0)},
+        "zero_point has dtype float32",
+    ),
+    (
+        lambda: FakeQuantize("int8", MinMaxObserver()),
+        {"observer.min_val": torch.zeros((), dtype=torch.int32)},
+        "observer.min_val has dtype int32; allowed: float32",
+    ),
+    (
+        MovingAverageMinMaxObserver,
+        {"max_val": torch.zeros(3, dtype=torch.float64), "min_val": torch.zeros(3)},
+        "max_val has dtype float64; .*: float32[^$]*min_val has shape .3,., max_val ..; allowed: the same shape",
+    ),
+    (lambda: LSQFakeQuantize(4), {"initialized": torch.tensor(1.0)}, "initialized has dtype float32; allowed: bool"),
+    (TQTFakeQuantize, {"initialized": torch.tensor(1)}, "initialized has dtype int64; allowed: bool"),
+    (
+        lambda: FakeQuantize("int8", MinMaxObserver()),
+        {"scale": torch.ones(1).expand(2**40, 1)},
+        r"scale has shape \(1099511627776, 1\), 4398046511104 bytes, in a storage of 4; allowed: tensors that have mem",
+    ),
+    (
+        MinMaxObserver,
+        {"min_val": torch.zeros(4), "max_val": torch.zeros(1).expand(4)},
+        r"max_val has shape \(4,\), 16 bytes, in a storage of 4",
+    ),
+    (
+        lambda: FakeQuantize("int8", MinMaxObserver()),
+        {"scale": torch.ones([1] * 17)},
+        "scale has 17 dimensions; at most 16",
+    ),
+    (
+        lambda: FakeQuantize("int8", MinMaxObserver()),
+        {"scale": torch.ones(3).to_sparse()},
+        "scale has layout torch.sparse_coo; allowed: torch.strided",
+    ),
+    (
+        MinMaxObserver,
+        {"min_val": torch.zeros(3), "max_val": torch.zeros(2)},
+        r"min_val has shape \(3,\), max_val \(2,\); allowed: the same shape for both",
+    ),
+    (lambda: of_channels(True), {"min_val": torch.tensor(0.0)}, r"min_val has shape \(\), max_val \(6, 1\); allowed"),
+]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("make", "parts", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
+def test_load_refuses(make: Any, parts: dict[str, Any], message: str, assign: bool) -> None:
+    """The key is named once, isn't missing, and its buffer stays as it was."""
+    module = torch.nn.Sequential(make())
+    before = state_of(module)
+    with pytest.raises(RuntimeError, match=f"0.({message})") as error:
+        module.load_state_dict({**before, **{f"0.{name}": part for name, part in parts.items()}}, assign=assign)
+    assert "issing" not in str(error.value)
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(same(after[k], before[k]) for k in before)
+
+
+def test_load_casts_parameters() -> None:
+    learned, linear = LSQFakeQuantize(4), QuantizedLinear(8, 4, "int8")
+    learned.load_state_dict({"scale": torch.tensor(0.5, dtype=torch.float64), "initialized": torch.tensor(True)})
+    assert same(learned.scale, np.float32(0.5))
+    linear.load_state_dict({**linear.state_dict(), "bias": torch.ones(4, dtype=torch.float16)})
+    assert same(linear.bias, np.ones(4, np.float32))
+    module, part = MinMaxObserver(), torch.arange(12.0).reshape(3, 4)[:, 1:2]  # a view has the memory
+    module.load_state_dict({"min_val": part, "max_val": part + 1})
+    assert torch.equal(module.min_val, part)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        (2**40, TypeError, "state is a builtins.int; allowed: a 1-D uint8 tensor of at most 4096 elements"),
+        (b"int8", TypeError, "state is a builtins.bytes"),
+        ("int8", TypeError, "state is a builtins.str"),
+        (
+            torch.tensor(2**40),
+            ValueError,
+            r"state has shape \(\) and dtype int64; allowed: a 1-D uint8 tensor of at most",
+        ),
+        (torch.tensor(5, dtype=torch.uint8), ValueError, r"state has shape \(\) and dtype uint8"),
+        (torch.zeros(4), ValueError, r"state has shape \(4,\) and dtype float32"),
+        (torch.zeros(2, 2, dtype=torch.uint8), ValueError, r"state has shape \(2, 2\)"),
+        (torch.zeros(4097, dtype=torch.uint8), ValueError, r"state has shape \(4097,\)"),
+        (torch.zeros(1, dtype=torch.uint8).expand(2**40), ValueError, r"state has shape \(1099511627776,\)"),
+        (torch.full((4,), 255, dtype=torch.uint8), ValueError, "state is of a layer of .*; this one is of int8"),
+    ],
+    ids=str,
+)
+def test_extra_state(state: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        QuantizedLinear(4, 4, "int8").set_extra_state(state)
 
 
 @pytest.mark.parametrize("gradient", ["clipped", "ste"])
@@ -490,7 +623,8 @@ def test_eval_keeps_nothing(make: Any) -> None:
 def test_tqt_starts_from_the_first_batch(number: int, factor: float) -> None:
     x = tensor(batch(5))
     x = x / x.abs().max() * factor
-    module = TQTFakeQuantize(number)
+    module = TQTFakeQuantize(number, init="max")
+    assert "init=max" in repr(module)
     y = module(x)
     exponent = math.ceil(math.log2(float(x.abs().max())))
     assert module.log_threshold == exponent - 0.5
@@ -499,12 +633,52 @@ def test_tqt_starts_from_the_first_batch(number: int, factor: float) -> None:
     assert (y - x).abs().max() <= module.scale  # nothing saturates by more than the last step
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("factor", [1, 0.7, 0.5, 2.0**-10, 1e3])
+@pytest.mark.parametrize("number", [2, 3, 4, 8, 16])
+def test_tqt_starts_from_the_mean(number: int, factor: float, dtype: str) -> None:
+    x = (batch(5) * np.float32(factor)).astype(dtype)
+    module = TQTFakeQuantize(number)
+    y = module(tensor(x))
+    threshold = float(lsq_start(x.astype(np.float32), 2 ** (number - 1) - 1, None)) * 2 ** (number - 1)
+    exponent = math.ceil(math.log2(threshold))
+    assert same(module.log_threshold, np.float32(exponent - 0.5))
+    assert same(module.scale, np.float32(2.0 ** (exponent + 1 - number)))
+    assert same(qt.quantize(tensor(x), module.spec, scale=module.scale).dequantize(), y)
+
+
+@pytest.mark.parametrize("number", [2, 4, 8, 16])
+@pytest.mark.parametrize("power", [-100, -3, 0, 5, 110])
+@pytest.mark.parametrize("step", [-1, 0, 1])
+def test_tqt_mean_next_to_powers_of_two(number: int, power: int, step: int) -> None:
+    """A threshold that is a power of two stays; the next number above it doubles."""
+    least = np.float32(2.0**power)
+    near = {-1: np.nextafter(least, np.float32(0)), 0: least, 1: np.nextafter(least, np.float32(np.inf))}[step]
+    x = np.full(1, near / 2 * math.sqrt(2 ** (number - 1) - 1), np.float32)
+    start = lsq_start(x, 2 ** (number - 1) - 1, None)
+    mantissa, exponent = math.frexp(float(start))
+    module = TQTFakeQuantize(number)
+    module(tensor(x))
+    assert module.log_threshold == exponent - (mantissa == 0.5) + number - 1 - 0.5
+    if number == 2:  # whose quant_max has an exact root
+        assert start == near
+        assert module.log_threshold == power + (step > 0) + 0.5
+
+
 def test_tqt_with_a_given_start() -> None:
     module = TQTFakeQuantize(4, log_threshold=1.25, rounding="half_up")
     x = tensor(batch(0))
     assert torch.equal(module(x), qt.tqt_quantize(x, 1.25, bits=4, rounding="half_up"))
     assert module.scale == 0.5
     assert TQTFakeQuantize(8, log_threshold=torch.tensor([200.0])).scale == 2.0**120
+
+
+def test_tqt_starts_where_the_threshold_overflows() -> None:
+    x = torch.full((1,), 2.0**127)
+    module = TQTFakeQuantize(16)
+    assert module(x).isfinite().all()
+    assert module.log_threshold.isfinite()
+    assert module.initialized
 
 
 @pytest.mark.parametrize("factor", [None, 0.25])
@@ -623,6 +797,22 @@ def test_quantized_linear_arguments() -> None:
         QuantizedLinear(-1, 4, "int8")
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("of_bias", ["float32", "bfloat16"])
+def test_quantized_linear_computes_in_the_dtype_of_x(dtype: str, of_bias: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 5, bias=bias, dtype=getattr(torch, of_bias))
+    layer, x = QuantizedLinear.from_linear(linear, "int8"), torch.randn(2, 12).to(getattr(torch, dtype))
+    y = layer(x)
+    assert y.dtype == x.dtype
+    cast = layer.bias.to(x.dtype) if bias else None
+    assert same(y, torch.nn.functional.linear(x, layer.weight.dequantize(x.dtype), cast))
+    if bias:
+        y.sum().backward()
+        assert layer.bias.grad.dtype == layer.bias.dtype
+
+
 def test_stochastic() -> None:
     spec, x = QuantSpec("int4", rounding="stochastic"), tensor(batch(0))
     module = FakeQuantize(spec, MinMaxObserver())
@@ -633,6 +823,7 @@ def test_stochastic() -> None:
 
 # ---- wrong arguments -------------------------------------------------------------------------------------------------
 
+ROUNDINGS = ", ".join(FIXED_ROUNDINGS)
 WRONG: list[tuple[Any, type[Exception], str]] = [
     (lambda: FakeQuantize("int9"), ValueError, "spec is 'int9'"),
     (lambda: FakeQuantize("int8", MinMaxObserver), TypeError, "observer is <class.*allowed: None, or a module"),
@@ -644,6 +835,23 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     (lambda: MovingAverageMinMaxObserver(0), ValueError, "averaging_constant is 0; allowed: above 0, up to 1"),
     (lambda: MovingAverageMinMaxObserver(1.5), ValueError, "averaging_constant is 1.5"),
     (lambda: MovingAverageMinMaxObserver(True), TypeError, "averaging_constant is True"),
+    (lambda: MovingAverageMinMaxObserver(None), TypeError, "averaging_constant is None; allowed: a number"),
+    (
+        lambda: MovingAverageMinMaxObserver(10**400),
+        ValueError,
+        "averaging_constant is 1000.*; allowed: above 0, up to 1",
+    ),
+    (lambda: MovingAverageMinMaxObserver("x"), TypeError, "averaging_constant is 'x'; allowed: a number above 0"),
+    (lambda: MovingAverageMinMaxObserver("0.1"), TypeError, "averaging_constant is '0.1'; allowed: a number"),
+    (
+        lambda: MovingAverageMinMaxObserver(torch.ones(2)),
+        TypeError,
+        r"averaging_constant is .*\[1.*; allowed: a number",
+    ),
+    (lambda: passed([1]), TypeError, "x is a builtins.list; allowed"),
+    (lambda: passed(3), TypeError, "x is a builtins.int; allowed"),
+    (lambda: passed("abc"), TypeError, "x is a builtins.str; allowed"),
+    (lambda: passed(torch.ones(3, dtype=torch.int8)), TypeError, "x has dtype int8; allowed"),
     (lambda: LSQFakeQuantize(1), ValueError, "bits is 1; allowed: 2 to 16"),
     (lambda: LSQFakeQuantize(4.0), TypeError, "spec is 4.0; allowed: a QuantSpec"),
     (lambda: LSQFakeQuantize("int4", signed=False), ValueError, "signed is False; int4 has a sign or none already"),
@@ -656,10 +864,21 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     (lambda: LSQFakeQuantize(4, scale=torch.ones(2)), ValueError, r"scale has shape \(2,\); allowed: one element"),
     (lambda: LSQFakeQuantize(4, axis=0, channels=3, scale=torch.ones(2)), ValueError, r"scale has shape \(2,\)"),
     (lambda: LSQFakeQuantize(4, scale=0), ValueError, "scale is 0; allowed: above 0"),
+    (lambda: LSQFakeQuantize(4, scale="a"), TypeError, "scale is 'a'; allowed: None, numbers, or a"),
+    (lambda: LSQFakeQuantize(4, scale="1.5"), TypeError, "scale is '1.5'; allowed: None"),
+    (lambda: LSQFakeQuantize(4, scale=True), TypeError, "scale is True; allowed: None"),
+    (lambda: LSQFakeQuantize(4, scale=1j), TypeError, "scale is 1j; allowed: None"),
+    (lambda: LSQFakeQuantize(4, scale=object), TypeError, "scale is <class 'object'>; allowed: None"),
     (lambda: LSQFakeQuantize(4, axis=0, channels=3)(torch.ones(2, 4)), ValueError, "scale has shape"),
     (lambda: TQTFakeQuantize(17), ValueError, "bits is 17; allowed: 2 to 16"),
-    (lambda: TQTFakeQuantize(rounding="stochastic"), ValueError, "int8 .*no stochastic rounding"),
+    (lambda: TQTFakeQuantize(rounding="stochastic"), ValueError, f"rounding is 'stochastic'; allowed: {ROUNDINGS}$"),
+    (lambda: TQTFakeQuantize(rounding="x"), ValueError, f"rounding is 'x'; allowed: {ROUNDINGS}$"),
+    (lambda: TQTFakeQuantize(init="x"), ValueError, "init is 'x'; allowed: mean, max$"),
+    (lambda: TQTFakeQuantize(init=None), ValueError, "init is None; allowed: mean, max$"),
+    (lambda: TQTFakeQuantize(log_threshold="a"), TypeError, "log_threshold is 'a'; allowed: None, numbers, or a"),
     (lambda: TQTFakeQuantize(log_threshold=torch.ones(2)), ValueError, r"log_threshold has shape \(2,\)"),
+    (lambda: QuantizedLinear(4, 3, "int8")(torch.ones(2, 5)), ValueError, r"x has shape \(2, 5\); allowed: \[..., 4\]"),
+    (lambda: QuantizedLinear(4, 3, "int8")(torch.ones(4)[0]), ValueError, r"x has shape \(\); allowed: \[..., 4\]"),
 ]
 
 

@@ -111,7 +111,8 @@ def test_every_preset_is_observed_as_in_torch(name: str) -> None:
 LEARNED: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     *(("LSQFakeQuantize", (spec,), keywords) for spec, keywords, _, _ in LSQ),
     ("LSQFakeQuantize", (4,), {"scale": 0.3, "grad_factor": 0.5}),
-    *(("TQTFakeQuantize", (bits,), {}) for bits in (2, 4, 8, 16)),
+    *(("TQTFakeQuantize", (bits,), {"init": init}) for bits in (2, 4, 8, 16) for init in ("mean", "max")),
+    ("TQTFakeQuantize", (4,), {}),
     ("TQTFakeQuantize", (4,), {"log_threshold": 0.25, "rounding": "floor"}),
 ]
 
@@ -150,6 +151,18 @@ def test_learned_scales_as_in_torch(name: str, arguments: Any, keywords: dict[st
     assert same(twin.scale, module.scale[...] if name == "LSQFakeQuantize" else module.scale)
     q = qj.quantize(array(x), module.spec, scale=module.scale[...])
     assert same(y, q.dequantize())
+
+
+@pytest.mark.parametrize("how", CALLS)
+@pytest.mark.parametrize("bits", [2, 3, 8, 16])
+def test_tqt_mean_as_in_torch(bits: int, how: str) -> None:
+    """Next to powers of two, of numbers of every size, and where nothing starts."""
+    ends = [2.0**power * near for power in (-126, -125, -3, 5, 126) for near in (1 - 2**-24, 1, 1 + 2**-23)]
+    small = np.full(1000, 2.0**-127, np.float32)  # numbers that XLA flushes, of a sum that it doesn't
+    for x in (*(np.full(1, end / 2, np.float32) for end in ends), small, 0 * small, batch(1, (50, 40))):
+        module, twin = TQTFakeQuantize(bits), quark_torch.nn.TQTFakeQuantize(bits)
+        assert same(twin(torch.from_numpy(x)), CALLS[how](module, array(x)))
+        expect_same_state(module, twin)
 
 
 @pytest.mark.parametrize("how", CALLS)
@@ -347,6 +360,19 @@ def test_quantized_linear_arguments() -> None:
         QuantizedLinear.from_linear(nnx.Conv(1, 1, 1, rngs=nnx.Rngs(0)), "int8")
     with pytest.raises(ValueError, match="in_features is -1"):
         QuantizedLinear(-1, 4, "int8")
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("of_bias", ["float32", "bfloat16"])
+def test_quantized_linear_computes_in_the_dtype_of_x(dtype: str, of_bias: str, use_bias: bool) -> None:
+    linear = nnx.Linear(12, 5, use_bias=use_bias, param_dtype=of_bias, rngs=nnx.Rngs(0))
+    layer, x = QuantizedLinear.from_linear(linear, "int8"), array(batch(0, (2, 12))).astype(dtype)
+    y, product = layer(x), x @ layer.weight.dequantize(x.dtype).T
+    assert y.dtype == x.dtype
+    assert same(y, product + layer.bias[...].astype(dtype) if use_bias else product)
+    if use_bias:
+        assert jax.tree.leaves(nnx.grad(lambda layer: layer(x).sum())(layer))[0].dtype == of_bias
 
 
 def test_stochastic() -> None:

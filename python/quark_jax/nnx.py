@@ -10,7 +10,6 @@ import numbers
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from math import sqrt
 from typing import Any, Self
 
 import jax
@@ -36,16 +35,20 @@ from quark_jax.functions import (
 from quark_jax.primitives import call
 from quark_jax.qtensor import QTensor
 from quark_kernels import documented, schema
-from quark_kernels.documented import Given
+from quark_kernels.formats import FIXED_ROUNDINGS
 from quark_kernels.schema import OpSpec, Shape
 from quark_kernels.spec import PerChannel, PerGroup, QuantSpec, as_int, one_of
 from quark_kernels.training import (
+    INITS,
     TINY,
+    as_weight,
     channels_shape,
+    check_features,
     check_observable,
     code_range,
     integers,
     learned_spec,
+    mean_start,
     state_shape,
 )
 
@@ -153,13 +156,15 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     Args:
         averaging_constant: the weight of a new batch, above 0 up to 1.
 
+    Raises:
+        TypeError: not a number.
+        ValueError: a number out of range.
+
     """
 
     def __init__(self, averaging_constant: float = 0.01) -> None:
         super().__init__()
-        self.averaging_constant = schema.as_float("averaging_constant", averaging_constant)
-        if not 0 < self.averaging_constant <= 1:
-            raise ValueError(f"averaging_constant is {averaging_constant}; allowed: above 0, up to 1")
+        self.averaging_constant = as_weight("averaging_constant", averaging_constant)
 
     def _merge(self, name: str, old: jax.Array, new: jax.Array) -> jax.Array:
         # Clamped, as then no compiler can fuse the product with the sum and give other bits.
@@ -303,11 +308,10 @@ def _becomes(parameter: jax.Array, value: jax.Array) -> jax.Array:
 _becomes.defvjp(lambda parameter, value: (value, None), lambda _, grad: (grad, None))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _start(
-    first: Callable[[jax.Array, Any, float], jax.Array],
-    spec: OpSpec | None,
-    factor: float,
+    first: Callable[..., jax.Array],
+    arguments: tuple[Any, ...],
     x: jax.Array,
     parameter: jax.Array,
     initialized: jax.Array,
@@ -315,12 +319,25 @@ def _start(
     """The parameter with the values that a batch gives where it has none, and where it has some now."""
 
     def start() -> tuple[jax.Array, jax.Array]:
-        value = first(x, spec, factor).reshape(parameter.shape).astype(parameter.dtype)
+        value = first(x, *arguments).reshape(parameter.shape).astype(parameter.dtype)
         takes = jnp.isfinite(value) & ~initialized
         return jnp.where(takes, value, parameter), initialized | takes
 
     started: tuple[jax.Array, jax.Array] = lax.cond(initialized.all(), lambda: (parameter, initialized), start)
     return started
+
+
+def _given_start(name: str, value: object) -> jax.Array | None:
+    """A given first value in float32."""
+    if value is None:
+        return None
+    wrong = TypeError(f"{name} is {value!r}; allowed: None, numbers, or an array of them")
+    if isinstance(value, (bool, complex, str, bytes)) or getattr(getattr(value, "dtype", None), "kind", "f") in "bcSU":
+        raise wrong
+    try:
+        return jnp.array(value, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
 
 
 class _Learned(nnx.Module):
@@ -342,7 +359,7 @@ class _Learned(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def _started(self, x: jax.Array, first: Any, spec: OpSpec | None, factor: float) -> jax.Array:
+    def _started(self, x: jax.Array, first: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
         """The parameter. Where it has no value yet it takes that of this batch; in eval mode for this call only."""
         variable = getattr(self, self._name)
         parameter: jax.Array = variable.get_value()
@@ -351,7 +368,7 @@ class _Learned(nnx.Module):
         if is_ready or x.size == 0:
             return parameter
         operands = lax.stop_gradient((x, parameter))
-        value, now = _start(first, spec, factor, *operands, initialized)
+        value, now = _start(first, arguments, *operands, initialized)
         if self.use_running_average:
             return jnp.where(initialized, parameter, value)
         variable.set_value(value)
@@ -359,11 +376,11 @@ class _Learned(nnx.Module):
         return _becomes(parameter, value)
 
 
-def _lsq_first(x: jax.Array, spec: OpSpec, factor: float) -> jax.Array:
-    # The gradient of dequantize to the scale is a sum of gradients times codes: here of |x| times 1.
+def _mean_scale(x: jax.Array, spec: OpSpec, factor: float) -> jax.Array:
+    """LSQ's first scales, ``2 * mean|x| / sqrt(quant_max)``; NaN or infinity where a batch gives none."""
     (total,) = call("dequantize_backward", [abs(x), jnp.ones(x.shape, np.int8), None], spec)
     value = total * factor
-    return jnp.where(value >= TINY, value, np.nan)
+    return jnp.where((total >= TINY) & (value >= TINY), value, np.nan)
 
 
 class LSQFakeQuantize(_Learned):
@@ -372,8 +389,8 @@ class LSQFakeQuantize(_Learned):
     The scale starts as ``2 * mean|x| / sqrt(quant_max)`` of the first batch in training mode (section 2.1 of the
     paper), per channel of each channel's elements: the sum in the core's fixed order, the rest in float32.
 
-    * A batch, or a channel of it, whose mean is zero, below 2^-126, NaN or infinite doesn't start its scale, nor does
-      an empty one. The scale stays 1 and the next batch is tried.
+    * A batch, or a channel of it, whose sum of |x| or scale is zero, below 2^-126, NaN or infinite doesn't start its
+      scale, nor does an empty one. The scale stays 1 and the next batch is tried.
     * In eval mode nothing is kept: a scale that hasn't started is then that of the batch itself.
     * Training may take a scale to zero, where all numbers become 0, or below, where the range is mirrored: with
       ``signed=False`` only numbers below 0 are then left. Nothing here prevents it. A low rate does, or a clamp after
@@ -415,7 +432,7 @@ class LSQFakeQuantize(_Learned):
         grad_factor: float | None = None,
     ) -> None:
         whole = learned_spec(spec if isinstance(spec, numbers.Integral) else resolve_spec(spec), signed, axis)
-        start = None if scale is None else jnp.array(scale, np.float32)
+        start = _given_start("scale", scale)
         shape = channels_shape(whole, channels, None if start is None else start.shape)
         if start is not None and not isinstance(start, jax.core.Tracer) and not bool((start > 0).all()):
             raise ValueError(f"scale is {scale}; allowed: above 0")
@@ -427,14 +444,10 @@ class LSQFakeQuantize(_Learned):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return ``x`` rounded: any shape; float32, float16, bfloat16 or float64."""
         x = check_data("x", x)
-        scales = self.scale.get_value()
-        plan = documented.everyday_lsq_plan(
-            x.shape, Given(scales.shape), None, self.quant_min, self.quant_max, self.axis, self.spec.rounding
-        )
-        factor = 2 * scales.size / (max(x.size, 1) * sqrt(self.quant_max))
+        arguments = mean_start(self.spec, self.scale.get_value().shape, x.shape)
         return lsq_quantize(
             x,
-            self._started(x, _lsq_first, OpSpec(("int8",), plan.forward.block), factor),
+            self._started(x, _mean_scale, *arguments),
             quant_min=self.quant_min,
             quant_max=self.quant_max,
             axis=self.axis,
@@ -443,26 +456,42 @@ class LSQFakeQuantize(_Learned):
         )
 
 
-def _tqt_first(x: jax.Array, _spec: None, _factor: float) -> jax.Array:
-    peak = abs(x).max().astype(np.float32)
-    mantissa, exponent = jnp.frexp(peak)
-    value = exponent - jnp.where(mantissa == 0.5, np.float32(1.5), np.float32(0.5))
-    return jnp.where((peak >= TINY) & jnp.isfinite(peak), value, np.nan)
+def _log_threshold(start: jax.Array, shift: int) -> jax.Array:
+    # Of the threshold start * 2^shift, which might overflow itself.
+    mantissa, exponent = jnp.frexp(start)
+    value = exponent + shift - jnp.where(mantissa == 0.5, np.float32(1.5), np.float32(0.5))
+    return jnp.where((start >= TINY) & jnp.isfinite(start), value, np.nan)
+
+
+def _tqt_mean(x: jax.Array, spec: OpSpec, factor: float, bits: int) -> jax.Array:
+    return _log_threshold(_mean_scale(x, spec, factor).reshape(()), bits - 1)
+
+
+def _tqt_max(x: jax.Array) -> jax.Array:
+    return _log_threshold(abs(x).max().astype(np.float32), 0)
 
 
 class TQTFakeQuantize(_Learned):
     """Round what passes through with a power of two that learns, as ``tqt_quantize`` (TQT, arXiv 1903.08066).
 
-    The threshold starts at max|x| of the first batch in training mode, the paper's MAX, rounded up to a power of two as
-    the scale is. Every logarithm in (E - 1, E] has this threshold 2^E; of these it starts with ``E - 0.5``, the
-    farthest from other scales. E is exact.
+    The threshold starts from the first batch in training mode, rounded up to a power of two as the scale is:
 
-    A batch whose maximum is zero, below 2^-126, NaN or infinite doesn't start it, nor does an empty one. The logarithm
-    stays 0 and the next batch is tried. For the rest see ``LSQFakeQuantize``; a threshold can't be zero or negative.
+    * ``init="mean"``: from the threshold that ``LSQFakeQuantize``'s first scale has, ``2 * mean|x| / sqrt(quant_max)``
+      times ``2^(bits - 1)``. The sum is in the core's fixed order, the rest in float32. A few large numbers saturate.
+    * ``init="max"``: from max|x|, the paper's MAX. At first nothing saturates by more than the last step; with few bits
+      most numbers may then round to 0.
+
+    Every logarithm in (E - 1, E] has the threshold 2^E; of these it starts with ``E - 0.5``, the farthest from other
+    scales. E is exact.
+
+    A batch that wouldn't start LSQ's scale doesn't start it (with "max" one whose maximum is zero, below 2^-126, NaN or
+    infinite), nor does an empty one. The logarithm stays 0 and the next batch is tried. For the rest see
+    ``LSQFakeQuantize``; a threshold can't be zero or negative.
 
     Args:
         bits: the width of the signed integers, 2 to 16.
         log_threshold: the threshold's base-2 logarithm to start with, instead of the first batch's: one element.
+        init: ``"mean"`` or ``"max"``, what the first batch's threshold follows from.
         rounding: as for ``tqt_quantize``.
 
     Attributes:
@@ -480,16 +509,23 @@ class TQTFakeQuantize(_Learned):
     log_threshold: nnx.Param[jax.Array]
 
     def __init__(
-        self, bits: int = 8, *, log_threshold: jax.Array | float | None = None, rounding: str = "half_even"
+        self,
+        bits: int = 8,
+        *,
+        log_threshold: jax.Array | float | None = None,
+        init: str = "mean",
+        rounding: str = "half_even",
     ) -> None:
+        one_of("init", init, INITS)
+        one_of("rounding", rounding, FIXED_ROUNDINGS)
         self.bits = as_int("bits", bits)
         spec = learned_spec(replace(integers(self.bits, True), rounding=rounding), None, None)
-        start = None
-        if log_threshold is not None:
-            start = jnp.array(log_threshold, np.float32)
+        start = _given_start("log_threshold", log_threshold)
+        if start is not None:
             documented.expect_single("log_threshold", start.shape)
             start = start.reshape(())
         super().__init__(spec, "log_threshold", start, 0.0, ())
+        self.init = init
 
     @property
     def scale(self) -> jax.Array:
@@ -502,7 +538,11 @@ class TQTFakeQuantize(_Learned):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return ``x`` rounded: any shape; float32, float16, bfloat16 or float64."""
         x = check_data("x", x)
-        return tqt_quantize(x, self._started(x, _tqt_first, None, 1.0), bits=self.bits, rounding=self.spec.rounding)
+        if self.init == "mean":
+            threshold = self._started(x, _tqt_mean, *mean_start(self.spec, (), x.shape), self.bits)
+        else:
+            threshold = self._started(x, _tqt_max)
+        return tqt_quantize(x, threshold, bits=self.bits, rounding=self.spec.rounding)
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
@@ -511,8 +551,9 @@ class TQTFakeQuantize(_Learned):
 class QuantizedLinear(nnx.Module):
     """A linear layer that keeps its weight quantized and dequantizes it in each call, to x's dtype.
 
-    ``x @ weight.T + bias``. The weight is that of ``quark_torch.nn.QuantizedLinear``, the transpose of an nnx.Linear's
-    kernel, so that groups run along the inputs. Its parts are nnx.Variables under the names they have in a QTensor.
+    ``x @ weight.T + bias``, the bias cast to x's dtype. The weight is that of ``quark_torch.nn.QuantizedLinear``, the
+    transpose of an nnx.Linear's kernel, so that groups run along the inputs. Its parts are nnx.Variables under the
+    names they have in a QTensor.
 
     Args:
         in_features: the length of x's last axis.
@@ -606,15 +647,20 @@ class QuantizedLinear(nnx.Module):
         return QTensor(*arrays, *self._static)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Return ``x @ weight.T + bias``, with the weight dequantized to x's dtype.
+        """Return ``x @ weight.T + bias``, with the weight dequantized and the bias cast to x's dtype.
 
         Args:
             x: ``[..., in_features]``; float32, float16, bfloat16 or float64.
 
         Returns:
-            ``[..., out_features]``.
+            ``[..., out_features]``, of x's dtype.
+
+        Raises:
+            TypeError: a wrong kind of array or dtype.
+            ValueError: another length of x's last axis.
 
         """
         x = check_data("x", x)
+        check_features(x.shape, self._static[1][1])
         y = x @ dequantize(self.weight, x.dtype).T
-        return y if self.bias is None else y + self.bias.get_value()
+        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)

@@ -139,7 +139,7 @@ def from_offset_binary(codes: Array, bits: int, *, signed: bool) -> Array:
 def pack(codes: Array, bits: int) -> Array:
     """Pack the low bits of codes along the last axis into bytes."""
     packed = np.empty(schema.packed_shape(codes.shape, bits), np.uint8)
-    _core.pack((np.array(codes),), (packed,), codes_spec(bits, length=codes.shape[-1]).text)
+    _core.pack((codes,), (packed,), codes_spec(bits, length=codes.shape[-1]).text)
     return packed
 
 
@@ -164,7 +164,7 @@ def from_words(words: Array, bits: int, length: int) -> Array:
 def unpack(packed: Array, bits: int, length: int) -> Array:
     """Return the unsigned codes of a stream along the last axis, one a byte."""
     codes = np.empty((*packed.shape[:-1], length), np.uint8)
-    _core.unpack((np.array(packed),), (codes,), codes_spec(bits, length=length).text)
+    _core.unpack((packed,), (codes,), codes_spec(bits, length=length).text)
     return codes
 
 

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, prod, sqrt
 from numbers import Integral
+from typing import Any
 
 from quark_kernels import documented, schema
+from quark_kernels.documented import Given
 from quark_kernels.formats import FORMATS
-from quark_kernels.schema import Shape
+from quark_kernels.schema import OpSpec, Shape
 from quark_kernels.spec import PerChannel, PerTensor, QuantSpec, as_int
 
 TINY = 2.0**-126
 """The smallest normal number. XLA takes what is below it for zero, so every observed magnitude does."""
+
+INITS: tuple[str, ...] = ("mean", "max")
+"""What a threshold's first value follows from."""
+
+
+def as_weight(name: str, value: Any) -> float:
+    """Return a number above 0 up to 1 as a float. Raises unless it is one; a string isn't, even of digits."""
+    try:
+        number = float(None if isinstance(value, (bool, str, bytes)) else value)  # type: ignore[arg-type]
+    except OverflowError:
+        number = inf
+    except (TypeError, ValueError, RuntimeError):  # of several elements, say
+        raise TypeError(f"{name} is {value!r}; allowed: a number above 0, up to 1") from None
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} is {value}; allowed: above 0, up to 1")
+    return number
 
 
 def check_observable(spec: QuantSpec) -> None:
@@ -61,6 +80,24 @@ def code_range(spec: QuantSpec) -> tuple[int, int]:
     """Return the least and the greatest code."""
     low, high = spec.quant_min, spec.quant_max
     return int(spec.element.lo) if low is None else low, int(spec.element.hi) if high is None else high
+
+
+def mean_start(spec: QuantSpec, scales: Shape, shape: Shape) -> tuple[OpSpec, float]:
+    """Return how the first scales, ``2 * mean|x| / sqrt(quant_max)``, follow from a batch of this shape.
+
+    The gradient of dequantize to the scale is a sum of gradients times codes. That of |x| times 1, with the OpSpec, has
+    the totals; the factor makes the scales of them.
+    """
+    low, high = code_range(spec)
+    axis = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None
+    plan = documented.everyday_lsq_plan(shape, Given(scales), None, low, high, axis, spec.rounding)
+    return OpSpec(("int8",), plan.forward.block), 2 * prod(scales) / (max(prod(shape), 1) * sqrt(high))
+
+
+def check_features(shape: Shape, in_features: int) -> None:
+    """Raise ValueError unless the last axis of a linear layer's ``x`` has the layer's length."""
+    if shape[-1:] != (in_features,):
+        raise ValueError(f"x has shape {shape}; allowed: [..., {in_features}], as in_features is {in_features}")
 
 
 def channels_shape(spec: QuantSpec, channels: int | None, given: Shape | None) -> Shape:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import replace
-from math import sqrt
 from typing import Any, Self
 
 import torch
@@ -16,21 +15,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quark_kernels import documented, schema
-from quark_kernels.documented import Given
-from quark_kernels.schema import OpSpec, Shape
+from quark_kernels.formats import FIXED_ROUNDINGS
+from quark_kernels.schema import Shape
 from quark_kernels.spec import PerChannel, PerGroup, QuantSpec, as_int, one_of
 from quark_kernels.training import (
+    INITS,
     TINY,
+    as_weight,
     channels_shape,
+    check_features,
     check_observable,
     code_range,
     integers,
     learned_spec,
+    mean_start,
     state_shape,
 )
 from quark_torch.functions import (
     SpecLike,
     check_data,
+    check_tensor,
     choose_qparams,
     dequantize,
     fake_quantize,
@@ -39,7 +43,7 @@ from quark_torch.functions import (
     resolve_spec,
     tqt_quantize,
 )
-from quark_torch.ops import call
+from quark_torch.ops import call, dtype_name
 from quark_torch.qtensor import QTensor
 
 __all__ = [
@@ -52,6 +56,7 @@ __all__ = [
 ]
 
 LARGEST = float(torch.finfo(torch.float32).max)
+LONGEST = 4096  # bytes of a spec's text
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------
@@ -65,7 +70,7 @@ def _reshape(buffer: Tensor, shape: torch.Size) -> None:
 
 
 class _Stateful(nn.Module):
-    """A module whose buffers keep their dtypes in ``.half()``."""
+    """A module whose buffers keep their dtypes in ``.half()``, and are loaded from no others."""
 
     _lazy: tuple[str, ...] = ()
     """The buffers that are 0-d until a batch gives them a shape."""
@@ -86,11 +91,43 @@ class _Stateful(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in self._lazy:
-            buffer, loaded = getattr(self, name), state_dict.get(prefix + name)
-            if isinstance(buffer, Tensor) and isinstance(loaded, Tensor) and 0 in (buffer.dim(), loaded.dim()):
-                _reshape(buffer, loaded.shape)
+        _, _, missing, _, errors = rest
+        parts = {name: state_dict.get(prefix + name) for name, buffer in self._buffers.items() if buffer is not None}
+        loaded = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+        refused = {prefix + name: why for name, why in self._refusals(loaded).items()}
+        errors += [f"{key} {why}" for key, why in refused.items()]
+        for name, part in loaded.items():
+            if prefix + name not in refused and self._takes_shape(name, part):
+                _reshape(getattr(self, name), part.shape)
+        if refused:
+            state_dict = {key: part for key, part in state_dict.items() if key not in refused}
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        missing[:] = [key for key in missing if key not in refused]
+
+    def _takes_shape(self, name: str, loaded: Tensor) -> bool:
+        return name in self._lazy and 0 in (getattr(self, name).dim(), loaded.dim())
+
+    def _refusals(self, loaded: dict[str, Tensor]) -> dict[str, str]:
+        """What is wrong with a ``state_dict``'s tensors for buffers. A cast would change codes and scales unseen."""
+        refused: dict[str, str] = {}
+        for name, part in loaded.items():
+            allowed = getattr(self, name).dtype
+            if part.dtype != allowed:
+                refused[name] = f"has dtype {dtype_name(part.dtype)}; allowed: {dtype_name(allowed)}"
+            elif self._takes_shape(name, part):
+                try:
+                    check_tensor(name, part)
+                except (TypeError, ValueError) as error:
+                    refused[name] = str(error).removeprefix(f"{name} ")
+                    continue
+                # An expanded tensor is a few bytes in a file and any number of them here.
+                needs, has = part.numel() * part.element_size(), part.untyped_storage().nbytes()
+                if needs > has:
+                    refused[name] = (
+                        f"has shape {tuple(part.shape)}, {needs} bytes, in a storage of {has}; allowed: tensors that "
+                        "have memory for each element"
+                    )
+        return refused
 
 
 # ---- observers -------------------------------------------------------------------------------------------------------
@@ -123,7 +160,8 @@ class MinMaxObserver(_Stateful):
     * A group that has had no good batch has the scale NaN.
     * Numbers below 2^-126 count as zero.
     * Groups must stay what they were: per token, say, the number of tokens. Those that change need dynamic scales.
-    * The state doesn't follow ``.half()``. DistributedDataParallel gives all the state of rank 0, as for BatchNorm.
+    * The state doesn't follow ``.half()``, and ``load_state_dict`` refuses other dtypes. DistributedDataParallel gives
+      all the state of rank 0, as for BatchNorm.
 
     Attributes:
         min_val: float32, in the scale's shape (0-d before the first batch, and per tensor); inf where there was none.
@@ -139,6 +177,20 @@ class MinMaxObserver(_Stateful):
         super().__init__()
         self.register_buffer("min_val", torch.tensor(torch.inf, dtype=torch.float32))
         self.register_buffer("max_val", torch.tensor(-torch.inf, dtype=torch.float32))
+
+    def _refusals(self, loaded: dict[str, Tensor]) -> dict[str, str]:
+        refused = super()._refusals(loaded)
+        after = {
+            name: getattr(self, name) if name in refused else loaded.get(name, getattr(self, name))
+            for name in self._lazy
+        }
+        shapes = {name: tuple(part.shape) for name, part in after.items()}
+        if len(set(shapes.values())) > 1:
+            for name, other in (("min_val", "max_val"), ("max_val", "min_val")):
+                if name in loaded:
+                    why = f"has shape {shapes[name]}, {other} {shapes[other]}; allowed: the same shape for both"
+                    refused.setdefault(name, why)
+        return refused
 
     @torch.no_grad()
     def forward(self, x: Tensor, spec: SpecLike) -> tuple[Tensor, Tensor | None]:
@@ -192,13 +244,15 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
     Args:
         averaging_constant: the weight of a new batch, above 0 up to 1.
 
+    Raises:
+        TypeError: not a number.
+        ValueError: a number out of range.
+
     """
 
     def __init__(self, averaging_constant: float = 0.01) -> None:
         super().__init__()
-        self.averaging_constant = schema.as_float("averaging_constant", averaging_constant)
-        if not 0 < self.averaging_constant <= 1:
-            raise ValueError(f"averaging_constant is {averaging_constant}; allowed: above 0, up to 1")
+        self.averaging_constant = as_weight("averaging_constant", averaging_constant)
 
     def _merge(self, name: str, old: Tensor, new: Tensor) -> Tensor:
         # Clamped, as then no compiler can fuse the product with the sum and give other bits.
@@ -301,8 +355,12 @@ class FakeQuantize(_Stateful):
         Returns:
             A tensor of x's shape and dtype.
 
+        Raises:
+            TypeError: a wrong kind of tensor or dtype, also where nothing is rounded.
+            ValueError: what ``fake_quantize`` refuses.
+
         """
-        scale, zero_point = self._qparams(x)
+        scale, zero_point = self._qparams(check_data("x", x))
         if not self.fake_quant_enabled:
             return x
         return fake_quantize(x, self.spec, scale=scale, zero_point=zero_point, gradient=self.gradient, seed=seed)
@@ -312,7 +370,7 @@ class FakeQuantize(_Stateful):
         if self.observer is None or self.scale is None:
             return None, None
         if self.training if self.observer_enabled is None else self.observer_enabled:
-            scale, zero_point = self.observer(check_data("x", x).detach(), self.spec)
+            scale, zero_point = self.observer(x.detach(), self.spec)
             self._store("scale", scale)
             if zero_point is not None:
                 self._store("zero_point", zero_point)
@@ -334,6 +392,28 @@ class FakeQuantize(_Stateful):
 
 
 # ---- learned scales --------------------------------------------------------------------------------------------------
+
+
+def _given_start(name: str, value: object) -> Tensor | None:
+    """A given first value in float32."""
+    if value is None:
+        return None
+    try:
+        start = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        start = None
+    if start is None or start.dtype == torch.bool or start.is_complex():
+        raise TypeError(f"{name} is {value!r}; allowed: None, numbers, or a tensor of them")
+    return start.to(torch.float32, copy=True)
+
+
+def _mean_scale(x: Tensor, spec: QuantSpec, shape: Shape) -> Tensor:
+    """LSQ's first scales, ``2 * mean|x| / sqrt(quant_max)``; NaN or infinity where a batch gives none."""
+    total_spec, factor = mean_start(spec, shape, tuple(x.shape))
+    ones = torch.ones_like(x, dtype=torch.int8)
+    total = call("dequantize_backward", [x.abs(), ones, None], total_spec).reshape(shape)
+    value = total * factor
+    return torch.where((total >= TINY) & (value >= TINY), value, torch.nan)
 
 
 class _Learned(_Stateful):
@@ -392,15 +472,16 @@ class LSQFakeQuantize(_Learned):
     The scale starts as ``2 * mean|x| / sqrt(quant_max)`` of the first batch in training mode (section 2.1 of the
     paper), per channel of each channel's elements: the sum in the core's fixed order, the rest in float32.
 
-    * A batch, or a channel of it, whose mean is zero, below 2^-126, NaN or infinite doesn't start its scale, nor does
-      an empty one. The scale stays 1 and the next batch is tried.
+    * A batch, or a channel of it, whose sum of |x| or scale is zero, below 2^-126, NaN or infinite doesn't start its
+      scale, nor does an empty one. The scale stays 1 and the next batch is tried.
     * In eval mode nothing is kept: a scale that hasn't started is then that of the batch itself.
     * Training may take a scale to zero, where all numbers become 0, or below, where the range is mirrored: with
       ``signed=False`` only numbers below 0 are then left. Nothing here prevents it. A low rate does, or a clamp after
       the optimizer's step.
     * Parameters of different ranks differ unless they start alike: run a batch before DistributedDataParallel wraps
       the module.
-    * ``.half()`` leaves the scale in float32.
+    * ``.half()`` leaves the scale in float32. ``load_state_dict`` casts the scale, but refuses another dtype of
+      ``initialized``.
 
     Args:
         spec: a width, 2 to 16 bits; or the name, dtype or QuantSpec of integers, per tensor or per channel. They are
@@ -435,7 +516,7 @@ class LSQFakeQuantize(_Learned):
         grad_factor: float | None = None,
     ) -> None:
         whole = learned_spec(spec if isinstance(spec, numbers.Integral) else resolve_spec(spec), signed, axis)
-        start = None if scale is None else torch.as_tensor(scale).detach().to(torch.float32, copy=True)
+        start = _given_start("scale", scale)
         shape = channels_shape(whole, channels, None if start is None else tuple(start.shape))
         if start is not None and not bool((start > 0).all()):
             raise ValueError(f"scale is {scale}; allowed: above 0")
@@ -457,16 +538,7 @@ class LSQFakeQuantize(_Learned):
         )
 
     def _first(self, x: Tensor) -> Tensor:
-        shape, given = tuple(x.shape), Given(tuple(self.scale.shape))
-        plan = documented.everyday_lsq_plan(
-            shape, given, None, self.quant_min, self.quant_max, self.axis, self.spec.rounding
-        )
-        # The gradient of dequantize to the scale is a sum of gradients times codes: here of |x| times 1.
-        ones = torch.ones_like(x, dtype=torch.int8)
-        total = call("dequantize_backward", [x.abs(), ones, None], OpSpec(("int8",), plan.forward.block))
-        factor = 2 * self.scale.numel() / (x.numel() * sqrt(self.quant_max))
-        value = total.reshape(self.scale.shape) * factor
-        return torch.where(value >= TINY, value, torch.nan)
+        return _mean_scale(x, self.spec, tuple(self.scale.shape))
 
     def extra_repr(self) -> str:
         """Return the arguments."""
@@ -481,16 +553,24 @@ class LSQFakeQuantize(_Learned):
 class TQTFakeQuantize(_Learned):
     """Round what passes through with a power of two that learns, as ``tqt_quantize`` (TQT, arXiv 1903.08066).
 
-    The threshold starts at max|x| of the first batch in training mode, the paper's MAX, rounded up to a power of two as
-    the scale is. Every logarithm in (E - 1, E] has this threshold 2^E; of these it starts with ``E - 0.5``, the
-    farthest from other scales. E is exact.
+    The threshold starts from the first batch in training mode, rounded up to a power of two as the scale is:
 
-    A batch whose maximum is zero, below 2^-126, NaN or infinite doesn't start it, nor does an empty one. The logarithm
-    stays 0 and the next batch is tried. For the rest see ``LSQFakeQuantize``; a threshold can't be zero or negative.
+    * ``init="mean"``: from the threshold that ``LSQFakeQuantize``'s first scale has, ``2 * mean|x| / sqrt(quant_max)``
+      times ``2^(bits - 1)``. The sum is in the core's fixed order, the rest in float32. A few large numbers saturate.
+    * ``init="max"``: from max|x|, the paper's MAX. At first nothing saturates by more than the last step; with few bits
+      most numbers may then round to 0.
+
+    Every logarithm in (E - 1, E] has the threshold 2^E; of these it starts with ``E - 0.5``, the farthest from other
+    scales. E is exact.
+
+    A batch that wouldn't start LSQ's scale doesn't start it (with "max" one whose maximum is zero, below 2^-126, NaN or
+    infinite), nor does an empty one. The logarithm stays 0 and the next batch is tried. For the rest see
+    ``LSQFakeQuantize``; a threshold can't be zero or negative.
 
     Args:
         bits: the width of the signed integers, 2 to 16.
         log_threshold: the threshold's base-2 logarithm to start with, instead of the first batch's: one element.
+        init: ``"mean"`` or ``"max"``, what the first batch's threshold follows from.
         rounding: as for ``tqt_quantize``.
 
     Attributes:
@@ -507,16 +587,23 @@ class TQTFakeQuantize(_Learned):
     log_threshold: Tensor
 
     def __init__(
-        self, bits: int = 8, *, log_threshold: Tensor | float | None = None, rounding: str = "half_even"
+        self,
+        bits: int = 8,
+        *,
+        log_threshold: Tensor | float | None = None,
+        init: str = "mean",
+        rounding: str = "half_even",
     ) -> None:
+        one_of("init", init, INITS)
+        one_of("rounding", rounding, FIXED_ROUNDINGS)
         self.bits = as_int("bits", bits)
         spec = learned_spec(replace(integers(self.bits, True), rounding=rounding), None, None)
-        start = None
-        if log_threshold is not None:
-            start = torch.as_tensor(log_threshold).detach().to(torch.float32, copy=True)
+        start = _given_start("log_threshold", log_threshold)
+        if start is not None:
             documented.expect_single("log_threshold", tuple(start.shape))
             start = start.reshape(())
         super().__init__(spec, "log_threshold", start, 0.0, ())
+        self.init = init
 
     @property
     def scale(self) -> Tensor:
@@ -531,14 +618,17 @@ class TQTFakeQuantize(_Learned):
         return tqt_quantize(x, self._started(check_data("x", x)), bits=self.bits, rounding=self.spec.rounding)
 
     def _first(self, x: Tensor) -> Tensor:
-        peak = x.abs().amax().float()
-        mantissa, exponent = torch.frexp(peak)
-        value = exponent - torch.where(mantissa == 0.5, 1.5, 0.5)
-        return torch.where((peak >= TINY) & torch.isfinite(peak), value, torch.nan)
+        if self.init == "mean":
+            start, shift = _mean_scale(x, self.spec, ()), self.bits - 1
+        else:
+            start, shift = x.abs().amax().float(), 0
+        mantissa, exponent = torch.frexp(start)  # the threshold, start * 2^shift, might overflow
+        value = exponent + shift - torch.where(mantissa == 0.5, 1.5, 0.5)
+        return torch.where((start >= TINY) & torch.isfinite(start), value, torch.nan)
 
     def extra_repr(self) -> str:
-        """Return the spec."""
-        return str(self.spec)
+        """Return the arguments."""
+        return f"{self.spec}, init={self.init}"
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
@@ -547,8 +637,9 @@ class TQTFakeQuantize(_Learned):
 class QuantizedLinear(_Stateful):
     """A linear layer that keeps its weight quantized and dequantizes it in each call, to x's dtype.
 
-    ``x @ weight.T + bias``. The parts of the weight are buffers under the names they have in a QTensor; they and the
-    spec are in the ``state_dict``. ``.half()`` changes the bias only.
+    ``x @ weight.T + bias``, the bias cast to x's dtype. The parts of the weight are buffers under the names they have
+    in a QTensor; they and the spec are in the ``state_dict``, which loads with these very dtypes only. ``.half()``
+    changes the bias only.
 
     Args:
         in_features: the length of x's last axis.
@@ -650,24 +741,44 @@ class QuantizedLinear(_Stateful):
         return QTensor(*arrays, *self._static)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight.T + bias``, with the weight dequantized to x's dtype.
+        """Return ``x @ weight.T + bias``, with the weight dequantized and the bias cast to x's dtype.
 
         Args:
             x: ``[..., in_features]``; float32, float16, bfloat16 or float64.
 
         Returns:
-            ``[..., out_features]``.
+            ``[..., out_features]``, of x's dtype.
+
+        Raises:
+            TypeError: a wrong kind of tensor or dtype.
+            ValueError: another length of x's last axis.
 
         """
-        return functional.linear(x, dequantize(self.weight, check_data("x", x).dtype), self.bias)
+        check_features(tuple(check_data("x", x).shape), self._static[1][1])
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, dequantize(self.weight, x.dtype), bias)
 
     def get_extra_state(self) -> Tensor:
         """Return the spec's text as bytes: a tensor, as some file formats take nothing else."""
         return torch.tensor(list(str(self._static[0]).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Check a loaded spec. Raises ValueError unless it is this layer's."""
-        spec = bytes(state.tolist()).decode()
+        """Check a loaded spec: a 1-D uint8 tensor of at most 4096 elements, the bytes of its text.
+
+        Args:
+            state: what ``get_extra_state`` of a layer of the same spec returned.
+
+        Raises:
+            TypeError: not a tensor.
+            ValueError: a tensor of another dtype, rank or length, or another spec.
+
+        """
+        allowed = f"a 1-D uint8 tensor of at most {LONGEST} elements"
+        state = check_tensor("state", state, allowed)
+        if state.dtype != torch.uint8 or state.dim() != 1 or state.numel() > LONGEST:
+            came = f"shape {tuple(state.shape)} and dtype {str(state.dtype).removeprefix('torch.')}"
+            raise ValueError(f"state has {came}; allowed: {allowed}")
+        spec = bytes(state.tolist()).decode(errors="replace")
         if spec != str(self._static[0]):
             raise ValueError(f"the state is of a layer of {spec}; this one is of {self._static[0]}, allowed: the same")
 
