@@ -260,7 +260,7 @@ QUARK_INLINE float quantize_value(float x, float s, float z, uint32_t random, co
   }
   if constexpr (has_zero(A)) {
     const float t = is_nan(v) ? float_of(g.nan) : v;
-    return clamp(round_to_integer<R>(t, random) + z, g.lo, g.hi);
+    return clamp(round_to_integer<R>(t, random) + z, g.lo, g.hi) + 0.0f;  // as z may be -0
   }
   float y = v;
   if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, g.lo, g.hi), random, g);

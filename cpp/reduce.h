@@ -198,6 +198,7 @@ struct Reduction {
 inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec, Executor& executor) {
   const TensorView& scale = *out.scale;
   const int64_t scales = scale.elements();
+  if (scales == 0) return true;
   // The extremes' bits wait where the results will be, or, where these are too narrow, in memory of their own.
   uint32_t* own = nullptr;
   if (scale.dtype != DType::float32) {
@@ -328,7 +329,7 @@ inline void halve_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, con
   alignas(64) uint8_t below[kTile + kPairByte];
   QUARK_VECTORIZE
   for (int64_t i = 0; i < n; ++i) below[i] = is_below_exponent(x[i], s[i], g) ? 1 : 0;
-  if (n % 2) below[n] = 1;  // the neighbour beyond the end counts as 0
+  if (n % 2) below[min(n, kTile)] = 1;  // the neighbour beyond the end counts as 0
   const int64_t pairs = (n + 1) / 2;
   for (int64_t j = 0; j < pairs; ++j) below[j] = below[2 * j] & below[2 * j + 1];
   for (int64_t i = 0; i < n; ++i) s[i] *= below[i / 2] ? 0.5f : 1.0f;

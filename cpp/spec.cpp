@@ -118,6 +118,8 @@ Status complete_scale(const QuantSpec& spec) {
                        " doesn't go with scale=" + kScaleFormatNames[int(spec.scale_format)]);
   if (spec.scale_rule == ScaleRule::fit && !spec.ieee)
     return value_error("spec: rule=fit is of the finite elements alone, so it needs ieee");
+  if (spec.scale_format == ScaleFormat::exponent && spec.ieee && spec.scale_rule != ScaleRule::fit)
+    return value_error("spec: exponents of the finite elements alone, which ieee means, need rule=fit");
   if (spec.method == Method::mse && spec.rounding == Rounding::stochastic)
     return value_error("spec: method=mse needs a rounding that isn't stochastic");
   if (spec.method != Method::extremes && spec.scale_format != ScaleFormat::float32 && !is_power)
@@ -149,8 +151,8 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
     const auto is_code = [&](float v) { return v >= lo && v <= hi && std::nearbyint(v) == v; };
     if (!is_code(spec.quant_min) || !is_code(spec.quant_max) || spec.quant_min >= spec.quant_max)
       return value_error(std::string("spec: min and max must be codes of ") + f.name + " with min < max");
-    if (spec.symmetric && !spec.ieee && spec.quant_max <= 0)
-      return value_error("spec: a symmetric range needs max > 0");
+    const bool is_given = spec.ieee && spec.scale_format == ScaleFormat::float32;  // never chosen by the range
+    if (spec.symmetric && !is_given && spec.quant_max <= 0) return value_error("spec: a symmetric range needs max > 0");
   }
   if (!is_integer && (spec.reciprocal || spec.shifted))
     return value_error(std::string("spec: reciprocal and shifted are for integer formats, not ") + f.name);

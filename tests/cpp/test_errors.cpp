@@ -216,6 +216,9 @@ TEST(bad_specs) {
   for (const char* scale : {"float32", "e8m0", "e4m3", "global", "microexponents"})
     bad(std::string("int8 ieee block=16 scale=") + scale + " rule=fit", {"rule=fit", "scale=", scale});
   bad("int8 scale=exponent rule=fit", {"rule=fit", "ieee"});
+  bad("int8 scale=exponent ieee", {"ieee", "rule=fit"});
+  for (const char* scale : {"e8m0 rule=even", "e4m3", "global"})
+    bad(std::string("int8 ieee min=-8 max=0 scale=") + scale, {"symmetric", "max > 0"});
   for (const char* method :
        {"", "minmax", "MSE", "mse:1", "percentile", "percentile:", "percentile:x", "percentile:50x", "percentile: 50",
         "percentile:0", "percentile:-0", "percentile:-1", "percentile:100.00001", "percentile:1e9", "percentile:inf",
