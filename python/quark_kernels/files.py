@@ -474,8 +474,9 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Map
             plain[name] = value
             continue
         arrays = {part: getattr(value, part) for part in value.ARRAYS if getattr(value, part) is not None}
-        statics[name] = Static.from_json(static_of(value).to_json())  # what can't be read again isn't written
+        statics[name] = static_of(value)
         statics[name].check(name, {part: describe(f"{name}: {part}", a) for part, a in arrays.items()})
+        Static.from_json(statics[name].to_json())  # raises where it couldn't be read again
         plain |= {f"{name}.{part}": a for part, a in arrays.items()}
     check_names(tensors, statics)
     entries = {name: entry_of(describe(name, value)) for name, value in plain.items()}
