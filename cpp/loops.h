@@ -256,11 +256,11 @@ class ScaleReader {
  public:
   ScaleReader(const TensorView& scale, const Walk& walk, const TensorView* tensor_scale, const QuantSpec& spec)
       : data_(scale, walk),
-        e4m3_(make_grid(e4m3_spec())),
+        e4m3_(e4m3_grid()),
         tensor_scale_(tensor_scale),
         shift_(spec.shares_exponent() ? make_grid(spec).code_exponent : 0),
         offset_(scale.dtype == DType::int8 ? 127 : 0),
-        is_number_(bytes_of_element(scale.dtype) > 1) {}
+        is_number_(bytes_of(scale.dtype) > 1) {}
 
   const Walk& walk() const { return data_.walk; }
 
@@ -280,17 +280,7 @@ class ScaleReader {
     return buffer;
   }
 
-  static QuantSpec e4m3_spec() {
-    QuantSpec spec;
-    spec.format = e4m3_format();
-    return spec;
-  }
-
  private:
-  static int64_t bytes_of_element(DType dtype) {
-    return dtype == DType::int8 || dtype == DType::float8_e8m0fnu || dtype == DType::float8_e4m3fn ? 1 : 2;
-  }
-
   QUARK_INLINE float decode_code(uint8_t code) const {
     if (tensor_scale_) return decode(code, e4m3_, 8) * element_of(*tensor_scale_);
     return decode_e8m0(uint8_t(code + offset_), shift_);

@@ -158,6 +158,13 @@ QUARK_INLINE uint32_t fraction_bits(float f) {
   return bits_of(high + 0x1p23f) << 16 | (bits_of(low + 0x1p23f) & 0xffffu);
 }
 
+/// The grid of E4M3 scales.
+inline Grid e4m3_grid() {
+  QuantSpec spec;
+  spec.format = e4m3_format();
+  return make_grid(spec);
+}
+
 /// Rounds |t| to an integer: the magnitude of R(t), t = ±m. Exact for every finite m (from 2^23 up it is one already).
 /// `random` decides where R is stochastic.
 template <Rounding R>

@@ -75,10 +75,7 @@ inline ExtremesLoop extremes_loop_for(const QuantSpec& spec) {
 class ScaleRuler {
  public:
   ScaleRuler(const QuantSpec& spec, const Grid& grid, const TensorView* tensor_scale)
-      : spec_(spec),
-        grid_(grid),
-        e4m3_(make_grid(ScaleReader::e4m3_spec())),
-        tensor_scale_(tensor_scale ? element_of(*tensor_scale) : 1.0f) {}
+      : spec_(spec), grid_(grid), e4m3_(e4m3_grid()), tensor_scale_(tensor_scale ? element_of(*tensor_scale) : 1.0f) {}
 
   ScaleAndZero operator()(const Extremes& e) const {
     switch (spec_.scale_format) {
@@ -314,11 +311,11 @@ struct GroupRuns {
     } else {
       unit = group * in_step > kTile ? group * in_step : kTile / (group * in_step) * (group * in_step);
     }
-    found = group <= kLongest && (unit == group || unit <= kTile);
+    // A tile must have all the pair bits of its bytes.
+    const bool has_whole_pairs = !spec.has_pairs() || (group % kPairByte == 0 && group <= kTile);
+    found = group <= kLongest && (unit == group || unit <= kTile) && has_whole_pairs;
   }
 
-  /// Whether a tile has all the pair bits of its bytes.
-  bool has_whole_pairs() const { return group % kPairByte == 0 && group <= kTile; }
   int64_t units_per_row() const { return (row + unit - 1) / unit; }
   int64_t groups_per_row() const { return (row + group - 1) / group; }
 };

@@ -149,7 +149,7 @@ Status choose(const TensorView& x, const ScaleTensors& out, const QuantSpec& spe
     if (SearchScales::run(x, out, spec, executor)) return {};
     return out_of_memory("out of memory for a copy of a group");
   }
-  if (const GroupRuns runs(x, spec); runs.found && (!out.pair_bits || runs.has_whole_pairs())) {
+  if (const GroupRuns runs(x, spec); runs.found) {
     choose_runs(x, runs, out, spec, executor, [](int64_t, int64_t, const float*, const TileScales&) {});
     return {};
   }
@@ -181,7 +181,7 @@ Status choose_then(const Operands& operands, const Out& out, const QuantSpec& sp
     if (Status status = choose_tensor_scale(x, *scales.tensor_scale, spec, executor); !status.ok()) return status;
   const Data values(x);
   const Elementwise<Body, Data, Out> apply(values, nullptr, operands, x, out, own);
-  if (const GroupRuns runs(x, spec); runs.found && (!scales.pair_bits || runs.has_whole_pairs())) {
+  if (const GroupRuns runs(x, spec); runs.found) {
     choose_runs(x, runs, scales, spec, executor,
                 [&](int64_t begin, int64_t count, const float* tile, const TileScales& tile_scales) {
                   apply.tile(begin, count, tile, tile_scales);

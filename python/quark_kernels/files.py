@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from quark_kernels import schema
 from quark_kernels.qtensor import QTensorBase
 from quark_kernels.schema import Part, Shape
-from quark_kernels.spec import PerTensor, QuantSpec, one_of
+from quark_kernels.spec import QuantSpec, one_of
 
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
@@ -377,15 +377,8 @@ class Static(NamedTuple):
     def parts(self) -> dict[str, Part]:
         """The arrays of such a QTensor, as ``quantize`` makes it with a dynamic scale."""
         whole, op_spec = schema.plan(self.spec, self.shape, packed=self.packed)
-        if schema.is_interleaved(whole, self.packed):
-            return {"qvalue": Part(schema.interleaved_shape(whole, self.shape), "uint8")}
-        operator = "quantize_dynamic"
-        codes, *others = schema.outputs(schema.OPS[operator], op_spec, self.shape, self.dtype)
-        made = {"qvalue": codes, **schema.qparams(operator, op_spec, others)._asdict()}
-        parts = {part: Part(*made[part]) for part in QTensorBase.ARRAYS if made[part] is not None}
-        if whole.granularity == PerTensor():
-            parts |= {part: parts[part]._replace(shape=()) for part in ("scale", "zero_point") if part in parts}
-        return parts
+        made = schema.made_parts(whole, op_spec, self.shape, self.packed)
+        return {name: part for name, part in made.items() if part is not None}
 
     def to_json(self) -> dict[str, Any]:
         """What ``from_json`` reads."""

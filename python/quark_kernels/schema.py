@@ -491,20 +491,27 @@ class Part(NamedTuple):
     dtype: str
 
 
-def check_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, packed: bool, parts: dict[str, Part | None]) -> None:
-    """Raise where a QTensor's parts, by name, don't fit together."""
-    interleaved = is_interleaved(spec, packed)
-    normal = op_spec.scale_shape(shape)
-    scale_dtype = SCALE_STORAGE.get(spec.scale_format, "float32")
-    expected: dict[str, Part | None] = {
+def made_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, packed: bool) -> dict[str, Part | None]:
+    """Return the arrays of the QTensor that a dynamic ``quantize`` makes, by name; None where it has none."""
+    scales = () if spec.granularity == PerTensor() else op_spec.scale_shape(shape)
+    parts: dict[str, Part | None] = {
         "qvalue": Part(stored_shape(op_spec, shape), op_spec.code_dtype),
-        "scale": Part(normal, scale_dtype),
+        "scale": Part(scales, SCALE_STORAGE.get(spec.scale_format, "float32")),
+        "zero_point": Part(scales, "int32") if op_spec.is_asymmetric else None,
         "global_scale": Part((), "float32") if op_spec.has_global_scale else None,
         "pair_bits": Part(op_spec.pair_shape(shape), "uint8") if op_spec.takes("p") else None,
     }
-    if interleaved:
-        expected |= {"qvalue": Part(interleaved_shape(spec, shape), "uint8"), "scale": None}
-    for name, want in expected.items():
+    if is_interleaved(spec, packed):
+        parts |= {"qvalue": Part(interleaved_shape(spec, shape), "uint8"), "scale": None}
+    return parts
+
+
+def check_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, packed: bool, parts: dict[str, Part | None]) -> None:
+    """Raise where a QTensor's parts, by name, don't fit together."""
+    normal = op_spec.scale_shape(shape)
+    for name, want in made_parts(spec, op_spec, shape, packed).items():
+        if name == "zero_point":  # a given one is there or not
+            continue
         got = parts[name]
         if got is None or want is None:
             if (got is None) != (want is None):
