@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 test: test-cpp test-python
 
 test-python: $(VENV)/.installed $(VENV)/.test-tools
-	$(BIN)/python -m pytest
+	QUARK_TRANSFORMS_JSON=$(VENV)/transforms.json $(BIN)/python -m pytest
 
 # What torchao and compressed-tensors make of the same numbers.
 test-peers: $(VENV)/.installed $(VENV)/.test-tools
@@ -42,8 +42,14 @@ $(VENV)/.installed: $(VENV)/.frameworks $(SOURCES)
 
 $(VENV)/.test-tools: $(VENV)/.frameworks pyproject.toml
 	$(PIP) --group test --group lint
+	$(if $(filter torch,$(FRAMEWORKS)),$(PIP) --group onnx)
 	$(if $(filter jax,$(FRAMEWORKS)),$(PIP) flax)
 	touch $@
+
+# What the tests of transforms find; `make test` writes it too.
+$(VENV)/transforms.json: $(VENV)/.installed $(VENV)/.test-tools $(wildcard tests/test_transforms_*.py tests/transforms.py)
+	QUARK_TRANSFORMS_JSON=$@ $(BIN)/python -m pytest -q tests/test_transforms_torch.py tests/test_transforms_jax.py \
+	  tests/test_sharding_jax.py tests/test_distributed_torch.py
 
 # ---- C++ -------------------------------------------------------------------------------------------------------------
 
@@ -76,11 +82,12 @@ format: $(VENV)/.test-tools
 	$(BIN)/ruff check --fix $(PY)
 	$(BIN)/ruff format $(PY)
 
-# What is written from the compiled core: the stub of the module, the table of formats.
-generated: $(VENV)/.installed $(VENV)/.test-tools
+# What is written from the compiled core (the stub of the module, the table of formats) and from what tests found.
+generated: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/transforms.json
 	$(BIN)/python -m nanobind.stubgen -q -m quark_kernels._core -o python/quark_kernels/_core.pyi
 	$(BIN)/ruff format --quiet python/quark_kernels/_core.pyi
 	$(BIN)/python scripts/format_table.py
+	$(BIN)/python scripts/transform_table.py $(VENV)/transforms.json
 
 # ---- long forms ------------------------------------------------------------------------------------------------------
 

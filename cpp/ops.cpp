@@ -96,6 +96,32 @@ class Checker {
     return check_overlaps();
   }
 
+  /// What must hold of a batch of calls beside what holds of each. Gives the batch's lengths.
+  Status check_batch(int64_t* lengths) {
+    if (Status s = check_counts(); !s.ok()) return s;
+    for (int d = 0; d < spec_.batch; ++d) lengths[d] = 1;
+    const auto check = [&](Tensors tensors, const std::string& name, bool is_output) -> Status {
+      for (size_t i = 0; i < tensors.size(); ++i) {
+        const TensorView& t = tensors[i];
+        const std::string argument = name + std::to_string(i);
+        if (Status s = check_memory(t, argument, is_output); !s.ok()) return s;
+        if (t.rank < spec_.batch)
+          return value_error(here(argument) + " has shape " + text_of(t) + "; the spec has " +
+                             std::to_string(spec_.batch) + " batch axes");
+        for (int d = 0; d < spec_.batch; ++d) {
+          if (!is_output && lengths[d] == 1) lengths[d] = t.shape[d];
+          if (t.shape[d] != lengths[d] && (is_output || t.shape[d] != 1))
+            return value_error(here(argument) + " has shape " + text_of(t) + "; along batch axis " + std::to_string(d) +
+                               " there are " + std::to_string(lengths[d]) + " examples");
+        }
+      }
+      return {};
+    };
+    if (Status s = check(in_, "input ", false); !s.ok()) return s;
+    if (Status s = check(out_, "output ", true); !s.ok()) return s;
+    return check_overlaps();
+  }
+
  private:
   /// A row's letters without those that calls with this spec don't have.
   static std::string letters(std::string_view row, const QuantSpec& spec) {
@@ -130,7 +156,7 @@ class Checker {
     look(out_, outs_);
     rank_ = codes->rank;
     std::memcpy(shape_, codes->shape, sizeof(shape_));
-    const bool has_scales = std::strchr(row_.ins, 's') || std::strchr(row_.outs, 's');
+    const bool has_scales = std::strpbrk(row_.ins, "s") || std::strpbrk(row_.outs, "se");
     if (has_scales && rank_ != spec_.rank)
       return value_error(here("the spec's block has ") + std::to_string(spec_.rank) + " axes; the data has shape " +
                          text_of(shape_, rank_));
@@ -166,9 +192,21 @@ class Checker {
         if (t.elements() == 1) return {};
         return value_error(here(name) + " has shape " + text_of(t) + "; expected one element");
       case 'k': {
-        constexpr int64_t kWords[] = {2};
+        const int64_t words[] = {spec_.is_shard ? 2 + rank_ : 2};
         if (t.dtype != DType::int32) return wrong_dtype(t, name, "int32");
-        return expect_shape(t, kWords, 1, name);
+        if (Status s = expect_shape(t, words, 1, name); !s.ok() || !spec_.is_shard) return s;
+        return check_place(t, name);
+      }
+      case 'e': {
+        if (t.dtype != DType::int32) return wrong_dtype(t, name, "int32");
+        if (!is_contiguous(t)) return value_error(here(name) + " must be contiguous");
+        if (rank_ == kMaxRank)
+          return value_error(here("the data has ") + std::to_string(rank_) + " dimensions; extremes take at most " +
+                             std::to_string(kMaxRank - 1));
+        int64_t shape[kMaxRank];
+        scale_shape(shape);
+        shape[rank_] = 2;
+        return expect_shape(t, shape, rank_ + 1, name);
       }
       case 'p': {
         if (t.dtype != DType::uint8) return wrong_dtype(t, name, "uint8");
@@ -194,6 +232,18 @@ class Checker {
           return value_error(here(name) + ": " + spec_.format.name + " has no zero point");
         return check_scales(t, name, is_output);
     }
+  }
+
+  /// Whether the shard that a key places lies in the whole array.
+  Status check_place(const TensorView& key, const std::string& name) const {
+    for (int d = 0; d < rank_; ++d) {
+      const int64_t begin = static_cast<const int32_t*>(key.data)[(2 + d) * key.strides[0]];
+      if (begin < 0 || begin > spec_.whole[d] || shape_[d] > spec_.whole[d] - begin)
+        return value_error(here(name) + " places the shard at " + std::to_string(begin) + " along axis " +
+                           std::to_string(d) + "; its shape is " + text_of(shape_, rank_) + ", the whole array's " +
+                           text_of(spec_.whole, rank_));
+    }
+    return {};
   }
 
   /// Whether scales may be of a dtype: numbers, or the codes of the spec's scale format.
@@ -244,10 +294,16 @@ class Checker {
     return expect_shape(t, shape, rank, name);
   }
 
-  Status check_scales(const TensorView& t, const std::string& name, bool is_output) const {
-    int64_t shape[kMaxRank];
+  /// The normal form of the scales; returns how many there are.
+  int64_t scale_shape(int64_t* shape) const {
     int64_t n = 1;
     for (int d = 0; d < rank_; ++d) n *= shape[d] = scale_length(shape_[d], spec_.block[d]);
+    return n;
+  }
+
+  Status check_scales(const TensorView& t, const std::string& name, bool is_output) const {
+    int64_t shape[kMaxRank];
+    const int64_t n = scale_shape(shape);
     if (is_output && !is_contiguous(t)) return value_error(here(name) + " must be contiguous");
     if (n == 1 && t.elements() == 1) return {};  // any shape of one element
     return expect_shape(t, shape, rank_, name);
@@ -258,8 +314,8 @@ class Checker {
     const std::string_view name = row_.name;
     const bool chooses = name == "choose_qparams";
     if (spec_.method != Method::extremes && !chooses) return value_error(here("a method is for choose_qparams"));
-    if (spec_.scale_format == ScaleFormat::global && !chooses)
-      return value_error(here("scale=global is for choose_qparams"));
+    if (spec_.scale_format == ScaleFormat::global && !chooses && name != "extremes")
+      return value_error(here("scale=global is for choose_qparams and extremes"));
     if (name == "quantize_values" && (spec_.shares_exponent() || spec_.scale_format == ScaleFormat::e4m3))
       return {ErrorKind::unsupported, here("the numbers are written for float32 and e8m0 scales only")};
     if (spec_.rounding == Rounding::stochastic && (name == "quantize_values" || std::strchr(row_.ins, 'n')))
@@ -324,9 +380,45 @@ class Checker {
   int64_t shape_[kMaxRank] = {};
 };
 
+/// One call for every example of a batch.
+Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  int64_t lengths[kMaxRank];
+  if (Status status = Checker(kOps[int(op)], in, out, spec).check_batch(lengths); !status.ok()) return status;
+  QuantSpec of_example = spec;
+  of_example.batch = 0;
+  int64_t examples = 1;
+  for (int d = 0; d < spec.batch; ++d) examples *= lengths[d];
+  constexpr size_t kMost = 16;  // tensors in a row
+  TensorView views[kMost];
+  const auto view_of = [&](const TensorView& t, int64_t example) {
+    TensorView view = t;
+    view.rank -= spec.batch;
+    int64_t offset = 0;
+    for (int d = spec.batch - 1; d >= 0; --d) {
+      if (t.shape[d] != 1) offset += example % lengths[d] * t.strides[d];
+      example /= lengths[d];
+    }
+    for (int d = 0; d < view.rank; ++d) {
+      view.shape[d] = t.shape[d + spec.batch];
+      view.strides[d] = t.strides[d + spec.batch];
+    }
+    if (offset != 0) view.data = static_cast<char*>(view.data) + offset * int64_t(bytes_of(t.dtype));
+    return view;
+  };
+  for (int64_t example = 0; example < examples; ++example) {
+    for (size_t i = 0; i < in.size(); ++i) views[i] = view_of(in[i], example);
+    for (size_t i = 0; i < out.size(); ++i) views[in.size() + i] = view_of(out[i], example);
+    const Status status =
+        run(op, Tensors(views, in.size()), Tensors(views + in.size(), out.size()), of_example, executor);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
 }  // namespace
 
 Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  if (spec.batch > 0) return run_batch(op, in, out, spec, executor);
   if (Status status = Checker(kOps[int(op)], in, out, spec).check(); !status.ok()) return status;
   const CpuLevel* level = nullptr;
   if (Status status = cpu_level(level); !status.ok()) return status;

@@ -191,6 +191,30 @@ struct Reduction {
   }
 };
 
+/// Writes max(x, +0) and min(x, -0) of every group beside each other. False where memory runs out.
+inline bool find_extremes(const TensorView& x, const TensorView& out, const QuantSpec& spec, Executor& executor) {
+  const int64_t groups = out.elements() / 2;
+  if (groups == 0) return true;
+  auto* found = static_cast<uint32_t*>(std::calloc(size_t(groups) * 2, sizeof(uint32_t)));
+  if (!found) return false;
+  TensorView scale = out;  // what a scale of each group would be
+  scale.rank = x.rank;
+  int64_t stride = 1;
+  for (int d = x.rank - 1; d >= 0; stride *= scale.shape[d--]) scale.strides[d] = stride;
+  uint32_t *low = found, *high = found + groups;
+  Reduction reduction{Data(x), scale_walk(scale, x.shape, spec), x.elements(), make_grid(spec, x.dtype), low, high,
+                      false};
+  executor.run((reduction.elements + kTile - 1) / kTile, kTile, &Reduction::chunk<BoundsKey>, &reduction);
+  auto* to = static_cast<uint32_t*>(out.data);
+  for (int64_t i = 0; i < groups; ++i) {
+    const bool has_nan = max(low[i], high[i]) > kInfinity;
+    to[2 * i] = has_nan ? kNaN : high[i];
+    to[2 * i + 1] = (has_nan ? kNaN : low[i]) | kSign;
+  }
+  std::free(found);
+  return !reduction.out_of_memory;
+}
+
 /// Writes the scale (and, if the spec is asymmetric, the zero point) of every group. False where memory runs out.
 inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec, Executor& executor) {
   const TensorView& scale = *out.scale;

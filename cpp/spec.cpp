@@ -52,16 +52,17 @@ bool parse_number(std::string_view text, T& value) {
   return error == std::errc() && end == text.data() + text.size();
 }
 
-Status parse_block(std::string_view text, QuantSpec& spec) {
-  if (spec.rank > 0) return value_error("spec: block is given twice");
-  if (text.ends_with(',')) return value_error("spec: block is " + quoted(text) + "; it ends in a comma");
+/// Reads a length for every axis.
+Status parse_lengths(const std::string& name, std::string_view text, int64_t* lengths, int& rank) {
+  if (rank > 0) return value_error("spec: " + name + " is given twice");
+  if (text.ends_with(',')) return value_error("spec: " + name + " is " + quoted(text) + "; it ends in a comma");
   while (!text.empty()) {
-    if (spec.rank == kMaxRank) return value_error("spec: block has more than " + std::to_string(kMaxRank) + " axes");
+    if (rank == kMaxRank) return value_error("spec: " + name + " has more than " + std::to_string(kMaxRank) + " axes");
     const size_t comma = text.find(',');
-    int64_t b = 0;
-    if (!parse_number(text.substr(0, comma), b) || b < 0)
-      return value_error("spec: block is " + quoted(text) + "; lengths must be integers >= 0");
-    spec.block[spec.rank++] = b;
+    int64_t n = 0;
+    if (!parse_number(text.substr(0, comma), n) || n < 0)
+      return value_error("spec: " + name + " is " + quoted(text) + "; lengths must be integers >= 0");
+    lengths[rank++] = n;
     text = comma == std::string_view::npos ? std::string_view() : text.substr(comma + 1);
   }
   return {};
@@ -135,6 +136,20 @@ Status complete_scale(const QuantSpec& spec) {
   return {};
 }
 
+/// Checks the shape of the array that the data is a shard of.
+Status complete_whole(QuantSpec& spec, int rank) {
+  if (rank == 0) return {};
+  if (spec.rounding != Rounding::stochastic)
+    return value_error("spec: whole says where random numbers begin; it goes with rounding=stochastic only");
+  if (rank != spec.rank)
+    return value_error("spec: whole has " + std::to_string(rank) + " axes, block " + std::to_string(spec.rank));
+  int64_t n = 1;
+  for (int d = 0; d < rank; ++d)
+    if (__builtin_mul_overflow(n, spec.whole[d], &n)) return value_error("spec: whole has too many elements");
+  spec.is_shard = true;
+  return {};
+}
+
 /// Checks what only makes sense together, and fills in the format's own range.
 Status complete(QuantSpec& spec, bool has_min, bool has_max) {
   const Format& f = spec.format;
@@ -184,7 +199,7 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
   const FloatEnvironment environment;  // reading numbers rounds, and comparing NaN traps where the host wants that
   spec = {};
   bool has_min = false, has_max = false, is_signed = false, is_codes = false;
-  int bits = 0;
+  int bits = 0, whole_rank = 0;
   bool first = true;
   while (!text.empty()) {
     const size_t space = text.find(' ');
@@ -200,7 +215,11 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
         if (Status status = parse_format(word, spec); !status.ok()) return status;
       first = false;
     } else if (key == "block") {
-      if (Status status = parse_block(value, spec); !status.ok()) return status;
+      if (Status status = parse_lengths("block", value, spec.block, spec.rank); !status.ok()) return status;
+    } else if (key == "whole") {
+      if (Status status = parse_lengths("whole", value, spec.whole, whole_rank); !status.ok()) return status;
+    } else if (key == "batch") {
+      good = parse_number(value, spec.batch) && spec.batch >= 0 && spec.batch <= kMaxRank;
     } else if (key == "rounding") {
       const int found = index_of(value, kRoundingNames);
       good = found >= 0;
@@ -246,6 +265,7 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
   }
   if (first) return value_error("spec: empty; it must start with a format's name");
   if (is_codes) return codes_format(bits, is_signed, spec);
+  if (Status status = complete_whole(spec, whole_rank); !status.ok()) return status;
   return complete(spec, has_min, has_max);
 }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import frontends
+import transforms
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 _MAKERS = {"core": frontends.Core, "torch": frontends.Torch, "jax": frontends.Jax}
 _made: dict[str, Any] = {}
@@ -43,3 +46,10 @@ def torch_frontend() -> Any:
 @pytest.fixture
 def jax_frontend() -> Any:
     return make("jax")
+
+
+def pytest_sessionfinish() -> None:
+    """Write what the transform tests found, for the tables in the documentation."""
+    if path := os.environ.get("QUARK_TRANSFORMS_JSON"):
+        rows = [[*cell, outcome] for cell, outcome in sorted(transforms.RESULTS.items())]
+        Path(path).write_text(json.dumps(rows, indent=1) + "\n")

@@ -47,7 +47,7 @@ class Elementwise {
       : x_(x),
         other_(other),
         scales_(operands.scales(), shape.shape, spec),
-        random_(operands['k']),
+        random_(operands['k'], shape.shape, spec),
         out_(out),
         grid_(make_grid(spec, shape.dtype)),
         loop_(tile_loop_for<Body>(spec, shape.dtype, scales_.has_zero_points())) {
@@ -161,6 +161,11 @@ Status choose(const TensorView& x, const ScaleTensors& out, const QuantSpec& spe
 Status choose_qparams(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   const Operands operands(Op::choose_qparams, in, out, spec);
   return choose(in[0], operands.scales(), spec, executor);
+}
+
+Status extremes(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  if (find_extremes(in[0], out[0], spec, executor)) return {};
+  return out_of_memory("out of memory for the groups' extremes");
 }
 
 /// The scale of the whole tensor, for a spec whose block scales are relative to one.

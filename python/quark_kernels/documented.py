@@ -465,7 +465,10 @@ def everyday_tqt_plan(
         raise ValueError(f"bits is {bits}; allowed: 2 to 16")
     if zero_point is not None and zero_point.is_float:
         raise TypeError("zero_point is floating; allowed: integers")
-    return _tqt(shape, log_threshold, zero_point, rounding_name, ["int16"], []), float(2 ** (bits - 1))
+    domain = 2 ** (bits - 1)
+    # The core takes the range from the domain; who reads the graph finds it here.
+    words = ["int16", f"min={-domain}", f"max={domain - 1}"]
+    return _tqt(shape, log_threshold, zero_point, rounding_name, words, []), float(domain)
 
 
 def _tqt(

@@ -53,6 +53,23 @@ class Op(NamedTuple):
         """Whether the last output is a zero point, for asymmetric specs."""
         return self.outs.endswith("z")
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether scales are chosen from the data."""
+        return "s" in self.outs and self.combine is None
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether the only granularity is one scale for all."""
+        return self.name.startswith("tqt")
+
+    @property
+    def combine(self) -> str | None:
+        """How scale-shaped results of shards of a group give those of the group: "max", "sum"; None: they don't."""
+        if self.outs == "e":
+            return "max"
+        return "sum" if "s" in self.outs and self.name.endswith("_backward") else None
+
 
 class QParams(NamedTuple):
     """What turns numbers into codes: arrays of a framework in the core's normal form, None where there is none."""
@@ -84,6 +101,10 @@ class OpSpec:
     """Name of the dtype of data outputs and unpacked codes; None: that of the data input, and the format's."""
     scales: str | None = None
     """Name of the dtype of scale outputs; None: float32."""
+    batch: int = 0
+    """So many leading axes are batches: each example is a call of its own, which the rest describes."""
+    whole: Shape | None = None
+    """The shape of the array that the data is a shard of, where a random key says which."""
     text: str = field(init=False, compare=False, repr=False)
     """The core's text form, made once."""
 
@@ -100,6 +121,10 @@ class OpSpec:
             words.append(f"dtype={self.dtype}")
         if self.scales is not None:
             words.append(f"scales={self.scales}")
+        if self.batch:
+            words.append(f"batch={self.batch}")
+        if self.whole is not None:
+            words.append("whole=" + ",".join(map(str, self.whole)))
         object.__setattr__(self, "text", " ".join(words))
 
     def __str__(self) -> str:
@@ -111,6 +136,7 @@ class OpSpec:
     def parse(cls, text: str) -> OpSpec:
         """Read what ``str()`` wrote."""
         words, block, packed, length, dtype, scales = [], None, False, None, None, None
+        batch, whole = 0, None
         for word in text.split():
             key, _, value = word.partition("=")
             match key:
@@ -124,9 +150,13 @@ class OpSpec:
                     dtype = value
                 case "scales":
                     scales = value
+                case "batch":
+                    batch = int(value)
+                case "whole":
+                    whole = tuple(map(int, value.split(",")))
                 case _:
                     words.append(word)
-        return cls(tuple(words), block, packed, length, dtype, scales)
+        return cls(tuple(words), block, packed, length, dtype, scales, batch, whole)
 
     @property
     def bits(self) -> int:
@@ -166,11 +196,16 @@ class OpSpec:
         """Whether block scales are relative to a scale of the whole tensor."""
         return self.takes("g")
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether pairs of neighbours have bits, so that one axis alone can have groups."""
+        return self.takes("p")
+
     def global_spec(self) -> OpSpec:
         """Return the spec that chooses the scale of the whole tensor."""
         assert self.block is not None
         words = tuple("scale=global" if word == "scale=e4m3" else word for word in self.words)
-        return OpSpec(words, (0,) * len(self.block))
+        return OpSpec(words, (0,) * len(self.block), batch=self.batch)
 
     def choosing(self, method: str = "absmax") -> OpSpec:
         """Return the spec that chooses scales by ``method``. Random numbers have no part in that."""
@@ -180,7 +215,7 @@ class OpSpec:
             words.append(f"method=percentile:{float(percent)!r}")
         elif method == "mse":
             words.append("method=mse")
-        return replace(self, words=tuple(words), packed=False, length=None, dtype=None)
+        return replace(self, words=tuple(words), packed=False, length=None, dtype=None, whole=None)
 
     def pair_shape(self, shape: Shape) -> Shape:
         """Return the shape of the pair bits of data of this shape: its own, with a byte for 16 elements of one axis."""
@@ -304,8 +339,19 @@ def stored_shape(spec: OpSpec, shape: Shape) -> Shape:
 
 def outputs(op: Op, spec: OpSpec, shape: Shape, dtype: str) -> list[tuple[Shape, str]]:
     """Return the shape and dtype name of every output, for data (or codes) of this logical shape and dtype."""
+    batch, example = shape[: spec.batch], shape[spec.batch :]
+    return [(batch + size, name) for size, name in (_output(kind, spec, example, dtype) for kind in made(op, spec))]
+
+
+def made(op: Op, spec: OpSpec) -> str:
+    """Return the letters of the outputs that a call has."""
     kinds = op.outs[:-1] if op.gives_zero_point and not spec.is_asymmetric else op.outs
-    return [_output(kind, spec, shape, dtype) for kind in kinds if spec.takes(kind)]
+    return "".join(kind for kind in kinds if spec.takes(kind))
+
+
+def given(op: Op, spec: OpSpec, count: int) -> str:
+    """Return the letters of the inputs of a call that has so many."""
+    return "".join(kind for kind in op.ins if spec.takes(kind))[:count]
 
 
 def qparams(name: str, spec: OpSpec, outs: Any) -> QParams:
@@ -325,6 +371,8 @@ def _output(kind: str, spec: OpSpec, shape: Shape, dtype: str) -> tuple[Shape, s
             return spec.scale_shape(shape), spec.scales or "float32"
         case "g":
             return (), "float32"
+        case "e":
+            return (*spec.scale_shape(shape), 2), "int32"
         case "p":
             return spec.pair_shape(shape), "uint8"
         case _:
@@ -333,6 +381,15 @@ def _output(kind: str, spec: OpSpec, shape: Shape, dtype: str) -> tuple[Shape, s
 
 def logical_shape(op: Op, spec: OpSpec, shapes: list[Shape]) -> Shape:
     """Return the shape of the data, given those of the inputs."""
+    if not spec.batch:
+        return _logical_shape(op, spec, shapes)
+    # An input that the examples share has length 1 there.
+    lengths = zip(*(shape[: spec.batch] for shape in shapes), strict=True)
+    batch = tuple(next((n for n in of_axis if n != 1), 1) for of_axis in lengths)
+    return batch + _logical_shape(op, spec, [shape[spec.batch :] for shape in shapes])
+
+
+def _logical_shape(op: Op, spec: OpSpec, shapes: list[Shape]) -> Shape:
     for kind, shape in zip(op.ins, shapes, strict=False):
         if kind in "xc":
             return shape
