@@ -7,6 +7,7 @@
 // Compiled once per CPU level, like numerics.h.
 #pragma once
 #include <cstring>
+#include <optional>
 
 #include "numerics.h"
 #include "parallel.h"
@@ -366,18 +367,24 @@ class Scales {
 
 // ---- random numbers -----------------------------------------------------------------------------------------------
 
-/// The random word of every element: word i % 4 of Philox's block i / 4, i being the flat index. For a shard that is
-/// the index in the whole array.
+/// The random word of every element: word i % 4 of Philox's block i / 4, i being the flat index; of a shard that of the
+/// whole array.
 class Random {
  public:
   /// `key`: int32 words, low and high, then where a shard begins; null where nothing is random.
-  Random(const TensorView* key, const int64_t* shape, const QuantSpec& spec)
-      : has_key_(key != nullptr), is_shard_(key && spec.is_shard), rank_(spec.rank), shape_(shape), whole_(spec.whole) {
+  Random(const TensorView* key, const int64_t* shape, const QuantSpec& spec) : has_key_(key != nullptr) {
     if (!key) return;
     const auto* words = static_cast<const uint32_t*>(key->data);
     key_ = uint64_t(words[0]) | uint64_t(words[key->strides[0]]) << 32;
-    if (!is_shard_) return;
-    for (int d = 0; d < rank_; ++d) first_ = first_ * whole_[d] + int64_t(words[(2 + d) * key->strides[0]]);
+    if (!spec.is_shard) return;
+    int64_t strides[kMaxRank], step = 1;
+    for (int d = spec.rank - 1; d >= 0; --d) {
+      strides[d] = step;
+      begin_ += int64_t(words[(2 + d) * key->strides[0]]) * step;
+      step *= spec.whole[d] > 0 ? spec.whole[d] : 1;
+    }
+    shard_.emplace();
+    for (int d = 0; d < spec.rank; ++d) shard_->push(shape[d], strides[d], 1);
   }
 
   /// Room for a tile's words, which may begin within a block.
@@ -385,11 +392,10 @@ class Random {
 
   QUARK_INLINE const uint32_t* load(int64_t begin, int64_t count, uint32_t* buffer) const {
     if (!has_key_) return buffer;
-    return is_shard_ ? load_rows(begin, count, buffer) : load_run(begin, count, buffer);
+    return shard_ ? load_shard(begin, count, buffer) : load_run(begin, count, buffer);
   }
 
  private:
-  /// Of elements that follow one another in the whole array.
   QUARK_INLINE const uint32_t* load_run(int64_t begin, int64_t count, uint32_t* buffer) const {
     const auto first = uint64_t(begin / 4);
     const int64_t skip = begin % 4, blocks = (skip + count + 3) / 4;
@@ -405,29 +411,24 @@ class Random {
     return buffer + skip;
   }
 
-  /// Of elements that follow one another in the shard: one row after another.
-  const uint32_t* load_rows(int64_t begin, int64_t count, uint32_t* buffer) const {
-    const int64_t row = shape_[rank_ - 1];
+  /// The shard's rows are runs of the whole array.
+  const uint32_t* load_shard(int64_t begin, int64_t count, uint32_t* buffer) const {
     alignas(64) uint32_t words[kBuffer];
-    for (int64_t at = 0; at < count;) {
-      int64_t rest = begin + at, index = first_, stride = 1;
-      const int64_t n = min(count - at, row - rest % row);
-      for (int d = rank_ - 1; d >= 0; --d) {
-        index += rest % shape_[d] * stride;
-        rest /= shape_[d];
-        stride *= whole_[d];
+    shard_->runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+      const int64_t from = begin_ + offset;
+      if (stride == 1) {
+        std::memcpy(buffer + position, load_run(from, n, words), size_t(n) * sizeof(uint32_t));
+        return;
       }
-      std::memcpy(buffer + at, load_run(index, n, words), size_t(n) * sizeof(uint32_t));
-      at += n;
-    }
+      for (int64_t i = 0; i < n; ++i) buffer[position + i] = *load_run(from + i * stride, 1, words);
+    });
     return buffer;
   }
 
   uint64_t key_ = 0;
-  bool has_key_, is_shard_;
-  int rank_;
-  const int64_t *shape_, *whole_;
-  int64_t first_ = 0;
+  bool has_key_;
+  std::optional<Walk> shard_;  ///< its elements' places in the whole array, after that of the first
+  int64_t begin_ = 0;          ///< and that
 };
 
 // ---- the elementwise loops ----------------------------------------------------------------------------------------

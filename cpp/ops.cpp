@@ -1,7 +1,9 @@
 #include "ops.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <string>
 
 namespace quark {
@@ -79,47 +81,54 @@ class Checker {
       : row_(row), ins_(letters(row.ins, spec)), outs_(letters(row.outs, spec)), in_(in), out_(out), spec_(spec) {}
 
   Status check() {
-    if (Status s = check_counts(); !s.ok()) return s;
+    if (Status s = check_tensors(); !s.ok()) return s;
+    if (Status s = check_kinds(); !s.ok()) return s;
+    if (Status s = check_numbers(); !s.ok()) return s;
+    return check_overlaps();
+  }
+
+  /// What must hold of a batch of calls beside what holds of each. Gives the batch's lengths: those of the inputs that
+  /// the examples don't share.
+  Status check_batch(int64_t* lengths) const {
+    if (Status s = check_tensors(); !s.ok()) return s;
+    for (int d = 0; d < spec_.batch; ++d) lengths[d] = 1;
+    const auto take = [&](const TensorView& t, const std::string& name, bool is_output) -> Status {
+      if (t.rank < spec_.batch)
+        return value_error(here(name) + " has shape " + text_of(t) + "; the spec has " + std::to_string(spec_.batch) +
+                           " batch axes");
+      for (int d = 0; d < spec_.batch; ++d) {
+        if (!is_output && lengths[d] == 1) lengths[d] = t.shape[d];
+        if (t.shape[d] != lengths[d] && (is_output || t.shape[d] != 1))
+          return value_error(here(name) + " has shape " + text_of(t) + "; along batch axis " + std::to_string(d) +
+                             " there are " + std::to_string(lengths[d]) + " examples");
+      }
+      return {};
+    };
     for (size_t i = 0; i < in_.size(); ++i)
-      if (Status s = check_memory(in_[i], "input " + std::to_string(i), false); !s.ok()) return s;
+      if (Status s = take(in_[i], "input " + std::to_string(i), false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
-      if (Status s = check_memory(out_[i], "output " + std::to_string(i), true); !s.ok()) return s;
-    // From here on shapes can be computed with.
+      if (Status s = take(out_[i], "output " + std::to_string(i), true); !s.ok()) return s;
+    return check_overlaps();
+  }
+
+  /// Shapes and dtypes. Reads no element.
+  Status check_kinds() {
     if (Status s = find_logical_shape(); !s.ok()) return s;
     for (size_t i = 0; i < in_.size(); ++i)
       if (Status s = check_kind(in_[i], ins_[i], "input " + std::to_string(i), false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
       if (Status s = check_kind(out_[i], outs_[i], "output " + std::to_string(i), true); !s.ok()) return s;
     if (Status s = check_scale_format(); !s.ok()) return s;
-    if (std::strchr(row_.ins, 'n'))
-      if (Status s = check_learned(); !s.ok()) return s;
-    return check_overlaps();
+    return is_learned() ? check_learned() : Status();
   }
 
-  /// What must hold of a batch of calls beside what holds of each. Gives the batch's lengths.
-  Status check_batch(int64_t* lengths) {
-    if (Status s = check_counts(); !s.ok()) return s;
-    for (int d = 0; d < spec_.batch; ++d) lengths[d] = 1;
-    const auto check = [&](Tensors tensors, const std::string& name, bool is_output) -> Status {
-      for (size_t i = 0; i < tensors.size(); ++i) {
-        const TensorView& t = tensors[i];
-        const std::string argument = name + std::to_string(i);
-        if (Status s = check_memory(t, argument, is_output); !s.ok()) return s;
-        if (t.rank < spec_.batch)
-          return value_error(here(argument) + " has shape " + text_of(t) + "; the spec has " +
-                             std::to_string(spec_.batch) + " batch axes");
-        for (int d = 0; d < spec_.batch; ++d) {
-          if (!is_output && lengths[d] == 1) lengths[d] = t.shape[d];
-          if (t.shape[d] != lengths[d] && (is_output || t.shape[d] != 1))
-            return value_error(here(argument) + " has shape " + text_of(t) + "; along batch axis " + std::to_string(d) +
-                               " there are " + std::to_string(lengths[d]) + " examples");
-        }
-      }
-      return {};
-    };
-    if (Status s = check(in_, "input ", false); !s.ok()) return s;
-    if (Status s = check(out_, "output ", true); !s.ok()) return s;
-    return check_overlaps();
+  /// Whether elements of an input have to be checked.
+  bool has_numbers() const { return is_threshold() || (spec_.is_shard && ins_.find('k') != std::string::npos); }
+
+  /// These elements, after check_kinds.
+  Status check_numbers() const {
+    if (is_threshold()) return check_domain();
+    return has_numbers() ? check_place() : Status();
   }
 
  private:
@@ -132,6 +141,19 @@ class Checker {
   }
 
   std::string here(const std::string& argument) const { return std::string(row_.name) + ": " + argument; }
+
+  bool is_learned() const { return std::strchr(row_.ins, 'n') != nullptr; }
+  bool is_threshold() const { return std::string_view(row_.name).starts_with("tqt"); }
+
+  /// Their number and their memory. From then on shapes can be computed with.
+  Status check_tensors() const {
+    if (Status s = check_counts(); !s.ok()) return s;
+    for (size_t i = 0; i < in_.size(); ++i)
+      if (Status s = check_memory(in_[i], "input " + std::to_string(i), false); !s.ok()) return s;
+    for (size_t i = 0; i < out_.size(); ++i)
+      if (Status s = check_memory(out_[i], "output " + std::to_string(i), true); !s.ok()) return s;
+    return {};
+  }
 
   Status check_counts() const {
     const auto fits = [](size_t given, std::string_view kinds) {
@@ -156,7 +178,7 @@ class Checker {
     look(out_, outs_);
     rank_ = codes->rank;
     std::memcpy(shape_, codes->shape, sizeof(shape_));
-    const bool has_scales = std::strpbrk(row_.ins, "s") || std::strpbrk(row_.outs, "se");
+    const bool has_scales = std::strchr(row_.ins, 's') || std::strpbrk(row_.outs, "se");
     if (has_scales && rank_ != spec_.rank)
       return value_error(here("the spec's block has ") + std::to_string(spec_.rank) + " axes; the data has shape " +
                          text_of(shape_, rank_));
@@ -194,8 +216,7 @@ class Checker {
       case 'k': {
         const int64_t words[] = {spec_.is_shard ? 2 + rank_ : 2};
         if (t.dtype != DType::int32) return wrong_dtype(t, name, "int32");
-        if (Status s = expect_shape(t, words, 1, name); !s.ok() || !spec_.is_shard) return s;
-        return check_place(t, name);
+        return expect_shape(t, words, 1, name);
       }
       case 'e': {
         if (t.dtype != DType::int32) return wrong_dtype(t, name, "int32");
@@ -232,18 +253,6 @@ class Checker {
           return value_error(here(name) + ": " + spec_.format.name + " has no zero point");
         return check_scales(t, name, is_output);
     }
-  }
-
-  /// Whether the shard that a key places lies in the whole array.
-  Status check_place(const TensorView& key, const std::string& name) const {
-    for (int d = 0; d < rank_; ++d) {
-      const int64_t begin = static_cast<const int32_t*>(key.data)[(2 + d) * key.strides[0]];
-      if (begin < 0 || begin > spec_.whole[d] || shape_[d] > spec_.whole[d] - begin)
-        return value_error(here(name) + " places the shard at " + std::to_string(begin) + " along axis " +
-                           std::to_string(d) + "; its shape is " + text_of(shape_, rank_) + ", the whole array's " +
-                           text_of(spec_.whole, rank_));
-    }
-    return {};
   }
 
   /// Whether scales may be of a dtype: numbers, or the codes of the spec's scale format.
@@ -333,15 +342,32 @@ class Checker {
                            "; expected a multiple of the group's, " + std::to_string(spec_.block[d]));
     if (!spec_.format.is_integer() || spec_.shares_exponent())
       return value_error(here("the format is ") + spec_.format.name + "; expected an integer one");
-    if (!std::string_view(row_.name).starts_with("tqt")) return {};
     const size_t at = ins_.find('s');
-    if (in_[at].elements() != 1)
+    if (is_threshold() && in_[at].elements() != 1)
       return value_error(here("input " + std::to_string(at)) + " has shape " + text_of(in_[at]) +
                          "; expected one element");
+    return {};
+  }
+
+  Status check_domain() const {
     const FloatEnvironment environment;
     const auto domain = *static_cast<const float*>(in_[ins_.find('n')].data);
     if (domain >= 1.0f && domain <= 0x1p22f && float(int32_t(domain)) == domain) return {};
     return value_error(here("domain is ") + std::to_string(domain) + "; allowed: an integer from 1 to 2^22");
+  }
+
+  /// Whether the shard that the key places lies in the whole array.
+  Status check_place() const {
+    const size_t at = ins_.find('k');
+    const TensorView& key = in_[at];
+    for (int d = 0; d < rank_; ++d) {
+      const int64_t begin = static_cast<const int32_t*>(key.data)[(2 + d) * key.strides[0]];
+      if (begin < 0 || begin > spec_.whole[d] || shape_[d] > spec_.whole[d] - begin)
+        return value_error(here("input " + std::to_string(at)) + " places the shard at " + std::to_string(begin) +
+                           " along axis " + std::to_string(d) + "; its shape is " + text_of(shape_, rank_) +
+                           ", the whole array's " + text_of(spec_.whole, rank_));
+    }
+    return {};
   }
 
   Status expect_shape(const TensorView& t, const int64_t* shape, int rank, const std::string& name) const {
@@ -380,39 +406,113 @@ class Checker {
   int64_t shape_[kMaxRank] = {};
 };
 
-/// One call for every example of a batch.
-Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  int64_t lengths[kMaxRank];
-  if (Status status = Checker(kOps[int(op)], in, out, spec).check_batch(lengths); !status.ok()) return status;
-  QuantSpec of_example = spec;
-  of_example.batch = 0;
-  int64_t examples = 1;
-  for (int d = 0; d < spec.batch; ++d) examples *= lengths[d];
-  constexpr size_t kMost = 16;  // tensors in a row
-  TensorView views[kMost];
-  const auto view_of = [&](const TensorView& t, int64_t example) {
-    TensorView view = t;
-    view.rank -= spec.batch;
-    int64_t offset = 0;
-    for (int d = spec.batch - 1; d >= 0; --d) {
-      if (t.shape[d] != 1) offset += example % lengths[d] * t.strides[d];
-      example /= lengths[d];
+/// The most tensors that a call may have.
+constexpr size_t kMostTensors = [] {
+  size_t most = 0;
+  for (const OpRow& row : kOps)
+    most = std::max(most, std::string_view(row.ins).size() + std::string_view(row.outs).size());
+  return most;
+}();
+
+/// The tensors of a batch's examples, of one after another. They are as safe as the whole batch's are.
+class Examples {
+ public:
+  Examples(Tensors in, Tensors out, const int64_t* lengths, int axes) : ins_(in.size()), outs_(out.size()) {
+    for (; axes_ < axes; ++axes_) count_ *= lengths_[axes_] = lengths[axes_];
+    for (size_t i = 0; i < ins_ + outs_; ++i) {
+      const TensorView& whole = i < ins_ ? in[i] : out[i - ins_];
+      TensorView& view = views_[i];
+      view = whole;
+      view.rank = whole.rank - axes;
+      std::copy_n(whole.shape + axes, view.rank, view.shape);
+      std::copy_n(whole.strides + axes, view.rank, view.strides);
+      first_[i] = static_cast<char*>(whole.data);
+      if (whole.elements() == 0) continue;  // there may be no memory to step through
+      for (int d = 0; d < axes; ++d)
+        if (whole.shape[d] != 1) steps_[i][d] = whole.strides[d] * bytes_of(whole.dtype);
     }
-    for (int d = 0; d < view.rank; ++d) {
-      view.shape[d] = t.shape[d + spec.batch];
-      view.strides[d] = t.strides[d + spec.batch];
-    }
-    if (offset != 0) view.data = static_cast<char*>(view.data) + offset * int64_t(bytes_of(t.dtype));
-    return view;
-  };
-  for (int64_t example = 0; example < examples; ++example) {
-    for (size_t i = 0; i < in.size(); ++i) views[i] = view_of(in[i], example);
-    for (size_t i = 0; i < out.size(); ++i) views[in.size() + i] = view_of(out[i], example);
-    const Status status =
-        run(op, Tensors(views, in.size()), Tensors(views + in.size(), out.size()), of_example, executor);
-    if (!status.ok()) return status;
   }
-  return {};
+
+  int64_t count() const { return count_; }
+  Tensors in() const { return {views_, ins_}; }
+  Tensors out() const { return {views_ + ins_, outs_}; }
+
+  void move_to(int64_t example) {
+    int64_t offsets[kMostTensors] = {};
+    for (int d = axes_ - 1; d >= 0; --d) {
+      const int64_t index = example % lengths_[d];
+      example /= lengths_[d];
+      for (size_t i = 0; i < ins_ + outs_; ++i) offsets[i] += index * steps_[i][d];
+    }
+    for (size_t i = 0; i < ins_ + outs_; ++i) views_[i].data = first_[i] + offsets[i];
+  }
+
+ private:
+  size_t ins_, outs_;
+  int axes_ = 0;
+  int64_t count_ = 1, lengths_[kMaxRank] = {};
+  TensorView views_[kMostTensors];
+  char* first_[kMostTensors] = {};
+  int64_t steps_[kMostTensors][kMaxRank] = {};  ///< bytes
+};
+
+int64_t most_elements(Tensors tensors) {
+  int64_t most = 0;
+  for (const TensorView& t : tensors) most = std::max(most, t.elements());
+  return most;
+}
+
+/// One call for every example of a batch. All are checked before the first is run.
+Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  const OpRow& row = kOps[int(op)];
+  int64_t lengths[kMaxRank];
+  if (Status status = Checker(row, in, out, spec).check_batch(lengths); !status.ok()) return status;
+  QuantSpec own = spec;  // an example's
+  own.batch = 0;
+  Examples examples(in, out, lengths, spec.batch);
+  Checker checker(row, examples.in(), examples.out(), own);
+  if (Status s = checker.check_kinds(); !s.ok()) return {s.kind(), s.message() + " (of one example)"};
+  if (most_elements(out) == 0) return {};  // else each example writes something, so they are not too many to count
+  if (checker.has_numbers()) {
+    for (int64_t i = 0; i < examples.count(); ++i) {
+      examples.move_to(i);
+      if (Status status = checker.check_numbers(); !status.ok()) return status;
+    }
+  }
+  const CpuLevel* level = nullptr;
+  if (Status status = cpu_level(level); !status.ok()) return status;
+
+  struct Task {
+    Kernel kernel;
+    const Examples& examples;
+    const QuantSpec& spec;
+    Executor& executor;
+    std::mutex mutex{};
+    Status status{};
+
+    static void run(void* self, int64_t first, int64_t last) {
+      Task& t = *static_cast<Task*>(self);
+      Examples mine = t.examples;
+      for (int64_t i = first; i < last; ++i) {
+        mine.move_to(i);
+        const Status status = t.kernel(mine.in(), mine.out(), t.spec, t.executor);
+        if (status.ok()) continue;
+        const std::lock_guard lock(t.mutex);
+        t.status = status;
+      }
+    }
+  };
+  constexpr int64_t kLarge = 1 << 18;  // elements that keep several threads busy
+  const int64_t size = std::max(most_elements(examples.in()), most_elements(examples.out()));
+  const bool is_large = size >= kLarge;
+  SerialExecutor serial;
+  Task task{level->kernels[int(op)], examples, own, is_large ? executor : static_cast<Executor&>(serial)};
+  if (is_large) {
+    Task::run(&task, 0, examples.count());
+  } else {
+    executor.run(examples.count(), size, &Task::run, &task);
+  }
+  return task.status;
 }
 
 }  // namespace

@@ -152,6 +152,7 @@ struct Reduction {
   Grid grid;
   uint32_t *low, *high;
   bool out_of_memory;
+  int64_t step = 1;  ///< from one scale's entry to the next
 
   /// Tiles [first, last), into accumulators of this thread's own, then into the outputs.
   template <class Key>
@@ -179,8 +180,9 @@ struct Reduction {
       });
     }
     for (int64_t i = 0; i < range.count; ++i) {
-      raise(high + range.first + i, mine[i].high);
-      raise(low + range.first + i, mine[i].low);
+      const int64_t at = (range.first + i) * step;
+      raise(high + at, mine[i].high);
+      raise(low + at, mine[i].low);
     }
     std::free(mine);
   }
@@ -190,30 +192,6 @@ struct Reduction {
     static_cast<Reduction*>(self)->run<Key>(first, last);
   }
 };
-
-/// Writes max(x, +0) and min(x, -0) of every group beside each other. False where memory runs out.
-inline bool find_extremes(const TensorView& x, const TensorView& out, const QuantSpec& spec, Executor& executor) {
-  const int64_t groups = out.elements() / 2;
-  if (groups == 0) return true;
-  auto* found = static_cast<uint32_t*>(std::calloc(size_t(groups) * 2, sizeof(uint32_t)));
-  if (!found) return false;
-  TensorView scale = out;  // what a scale of each group would be
-  scale.rank = x.rank;
-  int64_t stride = 1;
-  for (int d = x.rank - 1; d >= 0; stride *= scale.shape[d--]) scale.strides[d] = stride;
-  uint32_t *low = found, *high = found + groups;
-  Reduction reduction{Data(x), scale_walk(scale, x.shape, spec), x.elements(), make_grid(spec, x.dtype), low, high,
-                      false};
-  executor.run((reduction.elements + kTile - 1) / kTile, kTile, &Reduction::chunk<BoundsKey>, &reduction);
-  auto* to = static_cast<uint32_t*>(out.data);
-  for (int64_t i = 0; i < groups; ++i) {
-    const bool has_nan = max(low[i], high[i]) > kInfinity;
-    to[2 * i] = has_nan ? kNaN : high[i];
-    to[2 * i + 1] = (has_nan ? kNaN : low[i]) | kSign;
-  }
-  std::free(found);
-  return !reduction.out_of_memory;
-}
 
 /// Writes the scale (and, if the spec is asymmetric, the zero point) of every group. False where memory runs out.
 inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec, Executor& executor) {
@@ -344,6 +322,28 @@ struct GroupRuns {
   int64_t groups_per_row() const { return (row + group - 1) / group; }
 };
 
+/// Runs f(begin, count, index, pair_byte) for every unit, on the executor's threads; `index` is that of its first
+/// group, `pair_byte` that of its first pairs.
+template <class F>
+void for_each_unit(const GroupRuns& runs, Executor& executor, const F& f) {
+  struct Task {
+    const GroupRuns& runs;
+    const F& f;
+  } task{runs, f};
+  executor.run(
+      runs.rows * runs.units_per_row(), runs.unit,
+      [](void* context, int64_t first, int64_t last) {
+        const Task& t = *static_cast<const Task*>(context);
+        const GroupRuns& r = t.runs;
+        for (int64_t item = first; item < last; ++item) {
+          const int64_t row = item / r.units_per_row(), inside = item % r.units_per_row() * r.unit;
+          t.f(row * r.row + inside, min(r.unit, r.row - inside), row * r.groups_per_row() + inside / r.group,
+              row * scale_length(r.row, kPairByte) + inside / kPairByte);
+        }
+      },
+      &task);
+}
+
 /// The bits of a tile's pairs, as choose_pairs writes them, and their scales halved. The tile starts on a byte of bits.
 inline void halve_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, const Grid& grid) {
   const Grid g = grid;
@@ -411,28 +411,70 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
     }
   };
   const Grid grid = make_grid(spec, x.dtype);
-  Task task{runs,
-            apply,
-            Data(x),
-            extremes_loop_for(spec),
-            grid,
-            ScaleRuler(spec, grid, out.tensor_scale),
-            ScaleWriter(*out.scale, out.zero_point),
-            out.pair_bits ? static_cast<uint8_t*>(out.pair_bits->data) : nullptr};
-  executor.run(
-      runs.rows * runs.units_per_row(), runs.unit,
-      [](void* context, int64_t first, int64_t last) {
-        const Task& t = *static_cast<const Task*>(context);
-        const GroupRuns& r = t.runs;
-        for (int64_t item = first; item < last; ++item) {
-          const int64_t row = item / r.units_per_row(), inside = item % r.units_per_row() * r.unit;
-          const int64_t begin = row * r.row + inside, count = min(r.unit, r.row - inside);
-          const int64_t index = row * r.groups_per_row() + inside / r.group;
-          const int64_t pair_byte = row * scale_length(r.row, kPairByte) + inside / kPairByte;
-          count <= kTile ? t.groups(begin, count, index, pair_byte) : t.group(begin, count, index);
+  const Task task{runs,
+                  apply,
+                  Data(x),
+                  extremes_loop_for(spec),
+                  grid,
+                  ScaleRuler(spec, grid, out.tensor_scale),
+                  ScaleWriter(*out.scale, out.zero_point),
+                  out.pair_bits ? static_cast<uint8_t*>(out.pair_bits->data) : nullptr};
+  for_each_unit(runs, executor, [&task](int64_t begin, int64_t count, int64_t index, int64_t pair_byte) {
+    count <= kTile ? task.groups(begin, count, index, pair_byte) : task.group(begin, count, index);
+  });
+}
+
+/// The tensor of the letter e (ops.inc), by the flat index of the group.
+struct ExtremesWriter {
+  uint32_t* to;
+
+  void store(int64_t index, const Extremes& e) const {
+    const bool has_nan = max(e.low, e.high) > kInfinity;
+    to[2 * index] = has_nan ? kNaN : e.high;
+    to[2 * index + 1] = (has_nan ? kNaN : e.low) | kSign;
+  }
+};
+
+/// Writes the extremes of every group. False where memory runs out.
+inline bool find_extremes(const TensorView& x, const TensorView& out, const QuantSpec& spec, Executor& executor) {
+  const int64_t groups = out.elements() / 2;
+  if (groups == 0) return true;
+  ExtremesWriter writer{static_cast<uint32_t*>(out.data)};
+  const Data data(x);
+  const Grid grid = make_grid(spec, x.dtype);
+  if (const GroupRuns runs(x, spec); runs.found) {
+    for_each_unit(runs, executor, [&](int64_t begin, int64_t count, int64_t index, int64_t) {
+      alignas(64) float buffer[kTile];
+      Extremes whole{0, 0};  // of a unit that is one group
+      for (int64_t at = 0; at < count; at += kTile) {
+        const int64_t n = min(kTile, count - at);
+        const float* values = data.load(begin + at, n, buffer);
+        if (count <= runs.group) {
+          whole = max(whole, extremes_of<BoundsKey>(values, n, grid));
+        } else {
+          for (int64_t i = 0; i < n; i += runs.group)
+            writer.store(index++, extremes_of<BoundsKey>(values + i, min(runs.group, n - i), grid));
         }
+      }
+      if (count <= runs.group) writer.store(index, whole);
+    });
+    return true;
+  }
+  TensorView scale = out;  // what a scale of each group would be
+  scale.rank = x.rank;
+  int64_t stride = 1;
+  for (int d = x.rank - 1; d >= 0; stride *= scale.shape[d--]) scale.strides[d] = stride;
+  std::memset(out.data, 0, size_t(groups) * 2 * sizeof(uint32_t));
+  Reduction reduction{data, scale_walk(scale, x.shape, spec), x.elements(), grid, writer.to + 1, writer.to, false, 2};
+  executor.run((reduction.elements + kTile - 1) / kTile, kTile, &Reduction::chunk<BoundsKey>, &reduction);
+  executor.run(
+      reduction.out_of_memory ? 0 : groups, 1,
+      [](void* context, int64_t first, int64_t last) {
+        const auto& w = *static_cast<const ExtremesWriter*>(context);
+        for (int64_t i = first; i < last; ++i) w.store(i, {w.to[2 * i + 1], w.to[2 * i]});
       },
-      &task);
+      &writer);
+  return !reduction.out_of_memory;
 }
 
 // ---- sums ---------------------------------------------------------------------------------------------------------

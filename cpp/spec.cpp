@@ -1,5 +1,6 @@
 #include "spec.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <iterator>
@@ -140,12 +141,13 @@ Status complete_scale(const QuantSpec& spec) {
 Status complete_whole(QuantSpec& spec, int rank) {
   if (rank == 0) return {};
   if (spec.rounding != Rounding::stochastic)
-    return value_error("spec: whole says where random numbers begin; it goes with rounding=stochastic only");
+    return value_error("spec: whole is for random numbers, so it needs rounding=stochastic");
   if (rank != spec.rank)
     return value_error("spec: whole has " + std::to_string(rank) + " axes, block " + std::to_string(spec.rank));
-  int64_t n = 1;
+  int64_t n = 1;  // strides are counted even where the array is empty
   for (int d = 0; d < rank; ++d)
-    if (__builtin_mul_overflow(n, spec.whole[d], &n)) return value_error("spec: whole has too many elements");
+    if (__builtin_mul_overflow(n, std::max<int64_t>(spec.whole[d], 1), &n))
+      return value_error("spec: whole has too many elements");
   spec.is_shard = true;
   return {};
 }
@@ -264,8 +266,8 @@ Status parse_spec(std::string_view text, QuantSpec& spec) {
     if (!good) return value_error("spec: can't read " + quoted(word));
   }
   if (first) return value_error("spec: empty; it must start with a format's name");
-  if (is_codes) return codes_format(bits, is_signed, spec);
   if (Status status = complete_whole(spec, whole_rank); !status.ok()) return status;
+  if (is_codes) return codes_format(bits, is_signed, spec);
   return complete(spec, has_min, has_max);
 }
 

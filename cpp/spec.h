@@ -87,11 +87,10 @@ std::span<const Format> formats();
 /// method    "mse", or "percentile:" and a number above 0, up to 100: for choose_qparams only
 /// packed    codes are a little-endian bit stream along the last axis
 /// length    logical length of the last axis, where codes are packed
-/// batch     so many leading axes of every tensor are batches (default: 0): each example is a call of its own, which
-/// the
-///           rest of the spec describes. An input that the examples share has length 1 there
-/// whole     the shape of the array that the data is a shard of, with stochastic rounding: the key then goes on, after
-///           its two words, with the index in that array of the shard's first element along each axis
+/// batch     so many leading axes of every tensor are batches (default: 0): each example is a call of its own, and the
+///           rest of the spec is about one. An input that the examples share has length 1 there
+/// whole     the shape of the array that the data is a shard of, where the rounding is stochastic: random words go by
+///           the index in that array. After the key's two words then come the indices of the shard's first element
 /// dtype     dtype of data outputs, and
 /// scales    of scale outputs (read by the Python schema; the core sees the tensors themselves)
 ///
@@ -122,7 +121,7 @@ struct QuantSpec {
   int64_t block[kMaxRank] = {};
   int batch = 0;
   bool is_shard = false;
-  int64_t whole[kMaxRank] = {};
+  int64_t whole[kMaxRank] = {};  ///< of `rank` axes, where the data is a shard
 
   /// The one axis along which more than one element shares a scale, or -1.
   int block_axis() const {

@@ -7,6 +7,7 @@ A ``Variant`` is one way to call a function: what it is given, as NumPy arrays, 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,7 +106,7 @@ class Function(NamedTuple):
 def dtype_of(api: Any, name: str) -> Any:
     """A framework's dtype of this name."""
     if "torch" in api.__name__:
-        return getattr(importlib.import_module("torch"), name)
+        return getattr(sys.modules["torch"], name)
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
@@ -220,7 +221,8 @@ def _dequantize(
     def call(api: Any, *arrays: Any) -> Any:
         given = dict(zip(parts, arrays, strict=True))
         everything = [given.get(part) for part in _PARTS]
-        q = api.QTensor(*everything, as_spec(spec, None), shape, dtype_of(api, "float32"), packed)
+        whole = (*arrays[0].shape[:-1], shape[-1]) if shape else ()
+        q = api.QTensor(*everything, as_spec(spec, None), whole, dtype_of(api, "float32"), packed)
         return api.dequantize(q) if dtype is None else api.dequantize(q, dtype_of(api, dtype))
 
     return call

@@ -10,6 +10,7 @@ from quark_jax.functions import (
     tqt_quantize,
     unpack,
 )
+from quark_jax.primitives import export_checks
 from quark_jax.qtensor import QTensor
 from quark_kernels import (
     PRESETS,
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "choose_qparams",
     "dequantize",
+    "export_checks",
     "fake_quantize",
     "lsq_quantize",
     "pack",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quark_jax.primitives import call
+from quark_jax.primitives import alike, call, cut_like
 from quark_jax.qtensor import QTensor
 from quark_kernels import documented, schema
 from quark_kernels.documented import Given, Layout, LearnPlan
@@ -650,7 +650,12 @@ def _fake_quantize_backward(spec: OpSpec, gradient: str, saved: Any, grad: jax.A
 
 
 _fake_quantize_vjp.defvjp(_fake_quantize_forward, _fake_quantize_backward)
-_fake_quantize = jax.jit(_fake_quantize_vjp, static_argnums=(2, 3))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _fake_quantize(x: jax.Array, params: QParams, spec: OpSpec, gradient: str) -> jax.Array:
+    y: jax.Array = _fake_quantize_vjp(*alike(x, params), spec, gradient)
+    return y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -676,18 +681,23 @@ def _dequantize_vjp(q: jax.Array, params: QParams, spec: OpSpec) -> jax.Array:
 
 
 def _dequantize_forward(q: Any, params: QParams, spec: OpSpec) -> tuple[jax.Array, Any]:
-    return _dequantize_vjp(q, params, spec), (q, params.zero_point)
+    return _dequantize_vjp(q, params, spec), (q, params.scale, params.zero_point)
 
 
 def _dequantize_backward(spec: OpSpec, saved: Any, grad: jax.Array) -> Any:
     if not spec.has_float32_scales:
         return None, None
-    q, zero_point = saved
-    return None, QParams(_to_scale(grad, q, zero_point, spec))
+    q, scale, zero_point = saved
+    return None, QParams(cut_like(_to_scale(grad, q, zero_point, spec), scale))
 
 
 _dequantize_vjp.defvjp(_dequantize_forward, _dequantize_backward)
-_dequantize = jax.jit(_dequantize_vjp, static_argnums=2)
+
+
+@partial(jax.jit, static_argnums=2)
+def _dequantize(q: jax.Array, params: QParams, spec: OpSpec) -> jax.Array:
+    y: jax.Array = _dequantize_vjp(*alike(q, params), spec)
+    return y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -745,8 +755,21 @@ def _learned_forward(
 def _learned_backward(kind: str, forward: OpSpec, backward: OpSpec, saved: Any, grad: jax.Array) -> Any:
     x, parameter, number, zero_point = saved
     dx, dp = call(f"{kind}_backward", [x, grad, parameter, number, zero_point], backward)
-    return dx, converted(dp.reshape(parameter.shape), parameter.dtype.name), None, None
+    return dx, cut_like(converted(dp.reshape(parameter.shape), parameter.dtype.name), parameter), None, None
 
 
 _learned_vjp.defvjp(_learned_forward, _learned_backward)
-_learned = jax.jit(_learned_vjp, static_argnums=(4, 5, 6))
+
+
+@partial(jax.jit, static_argnums=(4, 5, 6))
+def _learned(
+    x: jax.Array,
+    parameter: jax.Array,
+    number: jax.Array,
+    zero_point: jax.Array | None,
+    kind: str,
+    forward: OpSpec,
+    backward: OpSpec,
+) -> jax.Array:
+    y: jax.Array = _learned_vjp(*alike(x, parameter, number, zero_point), kind, forward, backward)
+    return y

@@ -38,7 +38,7 @@ from quark_jax.functions import (
     scale_array,
     zero_point_array,
 )
-from quark_jax.primitives import call
+from quark_jax.primitives import alike, call, whole_along
 from quark_kernels import documented, schema
 from quark_kernels.schema import OpSpec
 from quark_kernels.spec import one_of
@@ -77,7 +77,14 @@ def _passing_backward(op: str, spec: OpSpec, dtype: str, saved: None, grad: jax.
 
 
 _passing_vjp.defvjp(_passing_forward, _passing_backward)
-_passing_jit = jax.jit(_passing_vjp, static_argnums=(0, 4, 5))
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5))
+def _passing_jit(
+    op: str, x: jax.Array, scale: jax.Array | None, zero_point: jax.Array | None, spec: OpSpec, dtype: str
+) -> jax.Array:
+    y: jax.Array = _passing_vjp(op, *alike(x, scale, zero_point), spec, dtype)
+    return y
 
 
 def _passing(op: str, x: jax.Array, scale: Any, zero_point: Any, spec: OpSpec) -> jax.Array:
@@ -89,7 +96,7 @@ def _passing(op: str, x: jax.Array, scale: Any, zero_point: Any, spec: OpSpec) -
 @partial(jax.jit, static_argnums=(0, 4))
 def _constant(op: str, x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
     """Call an operator whose outputs have no gradient."""
-    (y,) = call(op, [jax.lax.stop_gradient(x), scale, zero_point], spec)
+    (y,) = call(op, jax.lax.stop_gradient([x, scale, zero_point]), spec)
     return y
 
 
@@ -98,14 +105,14 @@ def _constant(op: str, x: jax.Array, scale: jax.Array, zero_point: jax.Array | N
 
 def _quant_fp8(inputs: jax.Array, scale: Any, quant_dtype: str) -> jax.Array:
     x = check_data("inputs", inputs)
-    s = ONE if scale is None else number_array("scale", scale)
+    s = ONE if scale is None else number_array("scale", scale).reshape((1,) * x.ndim)
     return _passing("quantize", x, s, None, documented.fp8_spec(quant_dtype, x.shape))
 
 
 def _dequant_fp8(inputs: jax.Array, scale: Any, quant_dtype: str) -> jax.Array:
     q = check_array("inputs", inputs)
     documented.expect_codes("inputs", q.dtype.name, quant_dtype)
-    s = ONE if scale is None else number_array("scale", scale)
+    s = ONE if scale is None else number_array("scale", scale).reshape((1,) * q.ndim)
     return _passing("dequantize", q, s, None, documented.fp8_spec(quant_dtype, q.shape, dtype="float16"))
 
 
@@ -286,7 +293,7 @@ def non_scaled_real_quantize(
     """
     x = check_data("input_tensor", input_tensor)
     plan = documented.slot_plan(quant_dtype, x.shape, mx_element_dtype, axis, block_size)
-    blocks = x.reshape(plan.split)
+    blocks = whole_along(x, axis).reshape(plan.split)
     scale = choose(blocks, plan.spec).scale
     values = _passing("quantize_values", blocks, scale, None, plan.spec)
     return jnp.concatenate([scale, values], axis=plan.axis).reshape(plan.result)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax import export
 
 from quark_kernels.qtensor import QTensorBase
 from quark_kernels.spec import QuantSpec
@@ -63,3 +65,22 @@ class QTensor(QTensorBase):
         if all(a is None or hasattr(a, "shape") for a in (self.qvalue, self.scale, self.zero_point)):
             return super().__repr__()
         return f"QTensor({self.spec}, shape={self.shape})"
+
+
+def _write_static(static: tuple[Any, ...]) -> bytes:
+    spec, shape, dtype, packed = static
+    return json.dumps([spec.to_json(), shape, np.dtype(dtype).name, packed]).encode()
+
+
+def _read_static(data: bytes) -> tuple[Any, ...]:
+    spec, shape, dtype, packed = json.loads(data)
+    return QuantSpec.from_json(spec), tuple(shape), jax.numpy.dtype(dtype), packed
+
+
+# Exported programs say which pytrees they take and give.
+export.register_pytree_node_serialization(
+    QTensor,
+    serialized_name="quark_jax.QTensor",
+    serialize_auxdata=_write_static,
+    deserialize_auxdata=_read_static,
+)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from operator import index
 from typing import Any, NamedTuple
 
 from quark_kernels import _core
@@ -112,11 +113,12 @@ class OpSpec:
         """Make the text."""
         words = list(self.words)
         if self.block is not None:
-            words.append("block=" + ",".join(map(str, self.block)))
+            # index: of a size that a graph being compiled leaves open this is a number.
+            words.append("block=" + ",".join(str(index(b)) for b in self.block))
         if self.packed:
             words.append("packed")
         if self.length is not None:
-            words.append(f"length={self.length}")
+            words.append(f"length={index(self.length)}")
         if self.dtype is not None:
             words.append(f"dtype={self.dtype}")
         if self.scales is not None:

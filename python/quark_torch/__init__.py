@@ -1,5 +1,7 @@
 """quark-kernels for PyTorch."""
 
+import sys
+
 from quark_kernels import (
     PRESETS,
     PerBlock,
@@ -41,3 +43,6 @@ __all__ = [
     "tqt_quantize",
     "unpack",
 ]
+
+if "torch.distributed.tensor" in sys.modules:  # which torch alone doesn't import
+    import quark_torch.distributed  # noqa: F401

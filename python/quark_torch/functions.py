@@ -6,7 +6,6 @@ import numbers
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from quark_kernels import documented, schema
@@ -14,7 +13,8 @@ from quark_kernels.documented import Given, Layout, LearnPlan
 from quark_kernels.formats import FIXED_ROUNDINGS
 from quark_kernels.schema import OpSpec, QParams
 from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
-from quark_torch.ops import call, call_out, dtype_name
+from quark_torch.autograd import Recorded, is_recorded, is_transformed
+from quark_torch.ops import call, call_out, dtype_name, is_distributed
 from quark_torch.qtensor import QTensor
 
 NUMBER = "a number or a torch.Tensor"
@@ -172,7 +172,12 @@ def one(like: torch.Tensor) -> torch.Tensor:
 
 def converted(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a gradient in another dtype, by the core."""
-    return t if t.dtype == dtype else _Converted.apply(t, dtype)  # type: ignore[no-untyped-call]
+    return t if t.dtype == dtype else _Converted.record(t, dtype)
+
+
+def summed(grad: torch.Tensor, distributed: bool) -> torch.Tensor:
+    """Return a gradient of a parameter that is a DTensor or not: a plain one's is the whole of a DTensor's gradient."""
+    return grad if distributed or not is_distributed(grad) else grad.full_tensor()  # type: ignore[attr-defined]
 
 
 def _part(t: torch.Tensor | None) -> schema.Part | None:
@@ -201,7 +206,8 @@ def quantize(
     """Quantize ``x``: codes ``R(x / scale) + zero_point``, clamped to the format's range.
 
     The quotient is a float32 division whatever ``x.dtype``; float64 is rounded to float32 first. NaN becomes the
-    format's NaN, or the code of zero where it has none; infinities saturate. Not differentiable (``fake_quantize`` is).
+    format's NaN, or the code of zero where it has none; infinities saturate. Not differentiable
+    (``fake_quantize`` is): the result is a constant to gradients and tangents, as that of ``detach()``.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
@@ -306,9 +312,10 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         codes, scale = _take_apart(codes, schema.group_size(whole), shape[-1])
     normal = op_spec.scale_shape(shape)
     scale, zero = scale.reshape(normal), None if q.zero_point is None else q.zero_point.reshape(normal)
-    if whole.scale_format == "float32" and _needs_function(scale):
-        return _Dequantize.apply(codes, scale, zero, op_spec)  # type: ignore[no-any-return,no-untyped-call]
-    params = QParams(scale, q.global_scale, q.pair_bits, None, zero)
+    if whole.scale_format == "float32" and is_recorded(scale):
+        return _Dequantize.record(codes, scale, zero, op_spec)
+    whole_scale = None if q.global_scale is None else q.global_scale.detach()
+    params = QParams(scale.detach(), whole_scale, q.pair_bits, None, zero)
     return call("dequantize", [codes, *params], op_spec)  # type: ignore[no-any-return]
 
 
@@ -353,8 +360,10 @@ def fake_quantize(
     params = _qparams(whole, op_spec, x, scale, zero_point, seed)
     if out is not None:
         return _fake_quantize_out(x, params, op_spec, out)
-    if _needs_function(x):
-        return _FakeQuantize.apply(x, op_spec, gradient, *params)  # type: ignore[no-any-return,no-untyped-call]
+    if is_recorded(x):
+        if params.scale is None and is_transformed():  # what the twin keeps must be an argument
+            params = choose(x, op_spec)._replace(key=params.key)
+        return _FakeQuantize.record(x, op_spec, gradient, *params)
     if params.scale is None:
         return call("fake_quantize_dynamic", [x, params.key], op_spec)[0]  # type: ignore[no-any-return]
     return call("fake_quantize", [x, *params], op_spec)  # type: ignore[no-any-return]
@@ -401,7 +410,7 @@ def choose_qparams(
     Symmetric specs: ``scale = max|x| / quant_max`` (the format's largest value for floats), or a power of two by the
     spec's ``scale_rule``. Asymmetric ones: ``scale = (max(x, 0) - min(x, 0)) / (quant_max - quant_min)`` and the zero
     point that puts 0 on a code. A group of zeros gets scale 1 (the least power of two), one with NaN or inf gets NaN; a
-    float32 scale is never 0, subnormal or infinite. Not differentiable.
+    float32 scale is never 0, subnormal or infinite. Not differentiable: constants, as those of ``detach()``.
 
     Args:
         x: any shape; float32, float16, bfloat16 or float64.
@@ -474,9 +483,17 @@ def lsq_quantize(
     one_of("rounding", rounding, FIXED_ROUNDINGS)
     s, z = scale_tensor("scale", scale, x), zero_point_tensor(zero_point, x)
     plan = documented.everyday_lsq_plan(tuple(x.shape), given(s), given(z), quant_min, quant_max, axis, rounding)
-    factor = documented.grad_factor(x.numel(), s.numel(), quant_max) if grad_factor is None else grad_factor
-    number = number_tensor("grad_factor", factor, x)
-    return _Learned.apply(x, scale, s, number, z, "lsq", plan)  # type: ignore[no-any-return,no-untyped-call]
+    number = _lsq_factor(x, s, quant_max) if grad_factor is None else number_tensor("grad_factor", grad_factor, x)
+    return _learned("lsq", x, scale, s, number, z, plan)
+
+
+def _lsq_factor(x: torch.Tensor, scale: torch.Tensor, quant_max: int) -> torch.Tensor:
+    """``documented.grad_factor``, also of sizes that a compiled graph leaves open."""
+    if not torch.compiler.is_compiling():
+        return _float32("grad_factor", documented.grad_factor(x.numel(), scale.numel(), quant_max), x)
+    # In tensors, step by step: a symbolic expression would be simplified, and its last bit differ.
+    n = torch.full((), x.numel() // max(scale.numel(), 1), dtype=torch.int64, device=x.device).clamp(min=1)
+    return (n * quant_max).double().sqrt().reciprocal().float()
 
 
 def tqt_quantize(
@@ -515,7 +532,7 @@ def tqt_quantize(
     t, z = scale_tensor("log_threshold", log_threshold, x), zero_point_tensor(zero_point, x)
     plan, domain = documented.everyday_tqt_plan(tuple(x.shape), given(t), given(z), bits, rounding)
     number = number_tensor("domain", domain, x)
-    return _Learned.apply(x, log_threshold, t, number, z, "tqt", plan)  # type: ignore[no-any-return,no-untyped-call]
+    return _learned("tqt", x, log_threshold, t, number, z, plan)
 
 
 def pack(codes: torch.Tensor, bits: int, axis: int = -1) -> torch.Tensor:
@@ -537,7 +554,7 @@ def pack(codes: torch.Tensor, bits: int, axis: int = -1) -> torch.Tensor:
     codes = _check_bytes("codes", codes)
     axis = schema.normal_axis(axis, codes.dim(), "codes")
     moved = codes.movedim(axis, -1)
-    return call("pack", [moved], schema.codes_spec(bits, length=moved.shape[-1])).movedim(-1, axis)  # type: ignore[no-any-return]
+    return call("pack", [moved], schema.codes_spec(bits)).movedim(-1, axis)  # type: ignore[no-any-return]
 
 
 def unpack(packed: torch.Tensor, bits: int, axis: int = -1, *, signed: bool) -> torch.Tensor:
@@ -574,17 +591,18 @@ def _check_bytes(name: str, x: object) -> torch.Tensor:
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _needs_function(t: torch.Tensor) -> bool:
-    """Whether a call must be recorded. In forward mode too: a bare operator would drop the tangent without a word."""
-    return (torch.is_grad_enabled() and t.requires_grad) or forward_ad._current_level >= 0
-
-
-class _Converted(torch.autograd.Function):
+class _Converted(Recorded):
     """A gradient in another dtype: linear, so its own gradient is converted back."""
+
+    of = "the conversion of a gradient"
+
+    @staticmethod
+    def keep(ctx: Any, t: torch.Tensor, dtype: torch.dtype) -> None:
+        ctx.dtype = t.dtype
 
     @staticmethod
     def forward(ctx: Any, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        ctx.dtype = t.dtype
+        _Converted.keep(ctx, t, dtype)
         op, spec = documented.conversion(dtype_name(t.dtype), dtype_name(dtype), tuple(t.shape))
         return call(op, [t] if op == "convert" else [t, one(t), None], spec)  # type: ignore[no-any-return]
 
@@ -593,7 +611,15 @@ class _Converted(torch.autograd.Function):
         return converted(grad, ctx.dtype), None
 
 
-class _FakeQuantize(torch.autograd.Function):
+class _FakeQuantize(Recorded):
+    of = "fake_quantize"
+
+    @staticmethod
+    def keep(ctx: Any, x: torch.Tensor, spec: OpSpec, gradient: str, *params: Any) -> None:
+        ctx.spec, ctx.gradient = spec, gradient
+        if gradient == "clipped":
+            ctx.save_for_backward(x, *params)
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, spec: OpSpec, gradient: str, *given: Any) -> torch.Tensor:
         params = QParams(*given)
@@ -602,63 +628,141 @@ class _FakeQuantize(torch.autograd.Function):
             params = schema.qparams("fake_quantize_dynamic", spec, outs)._replace(key=params.key)
         else:
             y = call("fake_quantize", [x, *params], spec)
-        ctx.spec, ctx.gradient = spec, gradient
-        if gradient == "clipped":
-            ctx.save_for_backward(x, *params)
+        _FakeQuantize.keep(ctx, x, spec, gradient, *params)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         if ctx.gradient == "clipped":
             x, *params = ctx.saved_tensors
-            grad = _Clip.apply(grad, ctx.spec, x.detach(), *params)  # type: ignore[no-untyped-call]
+            grad = _Clip.record(grad, ctx.spec, x.detach(), *params)
         return grad, *[None] * (2 + len(QParams._fields))
 
 
-class _Clip(torch.autograd.Function):
+class _Clip(Recorded):
     """The clipped gradient: linear in ``grad``, so its own gradient is clipped alike; x only says where."""
+
+    of = "the gradient of fake_quantize"
+
+    @staticmethod
+    def keep(ctx: Any, grad: torch.Tensor, spec: OpSpec, x: torch.Tensor, *params: Any) -> None:
+        ctx.spec = spec
+        ctx.save_for_backward(x, *params)
 
     @staticmethod
     def forward(ctx: Any, grad: torch.Tensor, spec: OpSpec, x: torch.Tensor, *params: Any) -> torch.Tensor:
-        ctx.spec = spec
-        ctx.save_for_backward(x, *params)
+        _Clip.keep(ctx, grad, spec, x, *params)
         return call("fake_quantize_backward", [x, grad, *params], spec)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        grad = _Clip.apply(grad, ctx.spec, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        grad = _Clip.record(grad, ctx.spec, *ctx.saved_tensors)
         return grad, *[None] * (2 + len(QParams._fields))
 
 
-class _Dequantize(torch.autograd.Function):
+class _Dequantize(Recorded):
+    of = "dequantize"
+
+    @staticmethod
+    def keep(ctx: Any, q: torch.Tensor, scale: torch.Tensor, zero_point: Any, spec: OpSpec) -> None:
+        ctx.spec, ctx.distributed = spec, is_distributed(scale)
+        ctx.save_for_backward(q, zero_point)
+
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, scale: torch.Tensor, zero_point: Any, spec: OpSpec) -> torch.Tensor:
-        ctx.spec = spec
-        ctx.save_for_backward(q, zero_point)
+        _Dequantize.keep(ctx, q, scale, zero_point, spec)
         return call("dequantize", [q, scale, zero_point], spec)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return None, _DequantizeBackward.apply(grad, *ctx.saved_tensors, ctx.spec), None, None  # type: ignore[no-untyped-call]
+        found = _DequantizeBackward.record(grad, *ctx.saved_tensors, ctx.spec)
+        return None, summed(found, ctx.distributed), None, None
 
 
-class _DequantizeBackward(torch.autograd.Function):
+class _DequantizeBackward(Recorded):
     """The gradient to the scale: linear in ``grad``, and the transpose of dequantize, which is linear in the scale."""
+
+    of = "the gradient of dequantize"
+
+    @staticmethod
+    def keep(ctx: Any, grad: torch.Tensor, q: torch.Tensor, zero_point: Any, spec: OpSpec) -> None:
+        ctx.spec = spec
+        ctx.save_for_backward(q, zero_point)
 
     @staticmethod
     def forward(ctx: Any, grad: torch.Tensor, q: torch.Tensor, zero_point: Any, spec: OpSpec) -> torch.Tensor:
-        ctx.spec = spec
-        ctx.save_for_backward(q, zero_point)
+        _DequantizeBackward.keep(ctx, grad, q, zero_point, spec)
         return call("dequantize_backward", [grad, q, zero_point], spec)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         q, zero_point = ctx.saved_tensors
-        return _Dequantize.apply(q, grad, zero_point, ctx.spec), None, None, None  # type: ignore[no-untyped-call]
+        return _Dequantize.record(q, grad, zero_point, ctx.spec), None, None, None
+
+
+def learn_keep(
+    ctx: Any,
+    x: torch.Tensor,
+    parameter: Any,
+    value: torch.Tensor,
+    number: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    kind: str,
+    backward: OpSpec,
+) -> None:
+    """Keep what ``learn_backward`` needs. ``value`` and the zero point are in the core's layout."""
+    ctx.kind, ctx.spec = kind, backward
+    is_tensor = isinstance(parameter, torch.Tensor)
+    ctx.parameter = (parameter.shape, parameter.dtype, is_distributed(parameter)) if is_tensor else None
+    ctx.save_for_backward(x, value, number, zero_point)
 
 
 def learn_forward(
-    ctx: Any,
+    x: torch.Tensor, value: torch.Tensor, number: torch.Tensor, zero_point: torch.Tensor | None, kind: str, spec: OpSpec
+) -> torch.Tensor:
+    """Compute a fake quantization whose parameter learns: ``kind`` is lsq (a scale) or tqt (a threshold)."""
+    if kind == "lsq":
+        return call("fake_quantize", [x, value, zero_point], spec)  # type: ignore[no-any-return]
+    return call("tqt_quantize", [x, value, number, zero_point], spec)  # type: ignore[no-any-return]
+
+
+def learn_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute the gradients of x and of the parameter."""
+    x, p, number, z = ctx.saved_tensors
+    if is_transformed():  # where once_differentiable doesn't see to it
+        dx, dp = _LearnedBackward.record(grad, x, p, number, z, ctx.kind, ctx.spec)
+    else:
+        dx, dp = call(f"{ctx.kind}_backward", [x, grad, p, number, z], ctx.spec)
+    if ctx.parameter is None:
+        return dx, None
+    shape, dtype, distributed = ctx.parameter
+    return dx, converted(summed(dp, distributed).reshape(shape), dtype)
+
+
+class _LearnedBackward(Recorded):
+    """The gradients to x and to what is learned, which have none."""
+
+    of = "the gradient of lsq_quantize or tqt_quantize"
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        value: torch.Tensor,
+        number: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        kind: str,
+        spec: OpSpec,
+    ) -> Any:
+        return call(f"{kind}_backward", [x, grad, value, number, zero_point], spec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("lsq_quantize and tqt_quantize have first-order gradients only: no gradient of these")
+
+
+def _learned(
     kind: str,
     x: torch.Tensor,
     parameter: Any,
@@ -667,31 +771,27 @@ def learn_forward(
     zero_point: torch.Tensor | None,
     plan: LearnPlan,
 ) -> torch.Tensor:
-    """Compute a fake quantization whose ``parameter`` learns: ``kind`` is lsq (a scale) or tqt (a threshold).
-
-    ``value`` is the parameter as ``scale_tensor`` returns it.
-    """
     p, z = arrange(value, plan.scale), arrange(zero_point, plan.zero_point)
-    ctx.kind, ctx.spec = kind, plan.backward
-    is_tensor = isinstance(parameter, torch.Tensor)
-    ctx.parameter = (parameter.shape, parameter.dtype) if is_tensor else None
-    ctx.save_for_backward(x, p, number, z)
-    if kind == "lsq":
-        return call("fake_quantize", [x, p, z], plan.forward)  # type: ignore[no-any-return]
-    return call("tqt_quantize", [x, p, number, z], plan.forward)  # type: ignore[no-any-return]
+    return _Learned.record(x, parameter, p, number, z, kind, plan.forward, plan.backward)
 
 
-def learn_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the gradients of x and of the parameter."""
-    x, p, number, z = ctx.saved_tensors
-    dx, dp = call(f"{ctx.kind}_backward", [x, grad, p, number, z], ctx.spec)
-    if ctx.parameter is None:
-        return dx, None
-    shape, dtype = ctx.parameter
-    return dx, converted(dp.reshape(shape), dtype)
+class _Learned(Recorded):
+    of = "lsq_quantize or tqt_quantize"
 
+    @staticmethod
+    def keep(
+        ctx: Any,
+        x: torch.Tensor,
+        parameter: Any,
+        value: torch.Tensor,
+        number: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        kind: str,
+        forward: OpSpec,
+        backward: OpSpec,
+    ) -> None:
+        learn_keep(ctx, x, parameter, value, number, zero_point, kind, backward)
 
-class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -701,11 +801,13 @@ class _Learned(torch.autograd.Function):
         number: torch.Tensor,
         zero_point: torch.Tensor | None,
         kind: str,
-        plan: LearnPlan,
+        forward: OpSpec,
+        backward: OpSpec,
     ) -> torch.Tensor:
-        return learn_forward(ctx, kind, x, parameter, value, number, zero_point, plan)
+        learn_keep(ctx, x, parameter, value, number, zero_point, kind, backward)
+        return learn_forward(x, value, number, zero_point, kind, forward)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return *learn_backward(ctx, grad), None, None, None, None, None
+        return *learn_backward(ctx, grad), None, None, None, None, None, None

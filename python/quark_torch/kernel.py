@@ -22,12 +22,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from quark_kernels import documented
+from quark_kernels.documented import LearnPlan
 from quark_kernels.schema import OpSpec
 from quark_kernels.spec import one_of
+from quark_torch.autograd import Recorded
 from quark_torch.functions import (
     arrange,
     check_data,
@@ -36,6 +37,7 @@ from quark_torch.functions import (
     given,
     learn_backward,
     learn_forward,
+    learn_keep,
     number_tensor,
     one,
     scale_tensor,
@@ -72,28 +74,35 @@ __all__ = [
 # ---- fp8 -------------------------------------------------------------------------------------------------------------
 
 
-def _quant_fp8(ctx: Any, inputs: torch.Tensor, scale: Any, quant_dtype: str) -> torch.Tensor:
-    check_data("inputs", inputs)
+def _keep_dtype(ctx: Any, inputs: torch.Tensor, *rest: Any) -> None:
     ctx.dtype = inputs.dtype
+
+
+def _quant_fp8(inputs: torch.Tensor, scale: Any, quant_dtype: str) -> torch.Tensor:
+    check_data("inputs", inputs)
     s = one(inputs) if scale is None else number_tensor("scale", scale, inputs)
     return call("quantize", [inputs, s, None], documented.fp8_spec(quant_dtype, tuple(inputs.shape)))  # type: ignore[no-any-return]
 
 
-def _dequant_fp8(ctx: Any, inputs: torch.Tensor, scale: Any, quant_dtype: str) -> torch.Tensor:
+def _dequant_fp8(inputs: torch.Tensor, scale: Any, quant_dtype: str) -> torch.Tensor:
     documented.expect_codes("inputs", dtype_name(check_tensor("inputs", inputs).dtype), quant_dtype)
-    ctx.dtype = inputs.dtype
     s = one(inputs) if scale is None else number_tensor("scale", scale, inputs)
     spec = documented.fp8_spec(quant_dtype, tuple(inputs.shape), dtype="float16")
     return call("dequantize", [inputs, s, None], spec)  # type: ignore[no-any-return]
 
 
-class QuantE4M3Function(Function):
+class QuantE4M3Function(Recorded):
     """See ``quant_fp8_e4m3``."""
+
+    of = "quant_fp8_e4m3"
+    keep = staticmethod(_keep_dtype)
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, scale: float | None = None) -> torch.Tensor:
         """Compute ``quant_fp8_e4m3(inputs, scale)``."""
-        return _quant_fp8(ctx, inputs, scale, "fp8_e4m3")
+        y = _quant_fp8(inputs, scale, "fp8_e4m3")
+        QuantE4M3Function.keep(ctx, inputs)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -101,13 +110,18 @@ class QuantE4M3Function(Function):
         return converted(grad, ctx.dtype), None
 
 
-class DequantE4M3Function(Function):
+class DequantE4M3Function(Recorded):
     """See ``dequant_fp8_e4m3``."""
+
+    of = "dequant_fp8_e4m3"
+    keep = staticmethod(_keep_dtype)
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, scale: float | None = None) -> torch.Tensor:
         """Compute ``dequant_fp8_e4m3(inputs, scale)``."""
-        return _dequant_fp8(ctx, inputs, scale, "fp8_e4m3")
+        y = _dequant_fp8(inputs, scale, "fp8_e4m3")
+        DequantE4M3Function.keep(ctx, inputs)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -115,13 +129,18 @@ class DequantE4M3Function(Function):
         return converted(grad, ctx.dtype), None
 
 
-class QuantE5M2Function(Function):
+class QuantE5M2Function(Recorded):
     """See ``quant_fp8_e5m2``."""
+
+    of = "quant_fp8_e5m2"
+    keep = staticmethod(_keep_dtype)
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, scale: float | None = None) -> torch.Tensor:
         """Compute ``quant_fp8_e5m2(inputs, scale)``."""
-        return _quant_fp8(ctx, inputs, scale, "fp8_e5m2")
+        y = _quant_fp8(inputs, scale, "fp8_e5m2")
+        QuantE5M2Function.keep(ctx, inputs)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -129,13 +148,18 @@ class QuantE5M2Function(Function):
         return converted(grad, ctx.dtype), None
 
 
-class DequantE5M2Function(Function):
+class DequantE5M2Function(Recorded):
     """See ``dequant_fp8_e5m2``."""
+
+    of = "dequant_fp8_e5m2"
+    keep = staticmethod(_keep_dtype)
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, scale: float | None = None) -> torch.Tensor:
         """Compute ``dequant_fp8_e5m2(inputs, scale)``."""
-        return _dequant_fp8(ctx, inputs, scale, "fp8_e5m2")
+        y = _dequant_fp8(inputs, scale, "fp8_e5m2")
+        DequantE5M2Function.keep(ctx, inputs)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -148,12 +172,12 @@ def quant_fp8_e4m3(inputs: torch.Tensor, scale: float | None = None) -> torch.Te
 
     The quotient is a float32 division, rounded to the dtype of ``inputs``. ±inf saturates, NaN stays NaN (OCP OFP8).
     """
-    return QuantE4M3Function.apply(inputs, scale)  # type: ignore[no-any-return,no-untyped-call]
+    return QuantE4M3Function.record(inputs, scale)
 
 
 def dequant_fp8_e4m3(inputs: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """Return float8_e4m3fn ``inputs`` (times ``scale``, in float32) as float16."""
-    return DequantE4M3Function.apply(inputs, scale)  # type: ignore[no-any-return,no-untyped-call]
+    return DequantE4M3Function.record(inputs, scale)
 
 
 def quant_fp8_e5m2(inputs: torch.Tensor, scale: float | None = None) -> torch.Tensor:
@@ -161,12 +185,12 @@ def quant_fp8_e5m2(inputs: torch.Tensor, scale: float | None = None) -> torch.Te
 
     The quotient is a float32 division, rounded to the dtype of ``inputs``. ±inf saturates, NaN stays NaN (OCP OFP8).
     """
-    return QuantE5M2Function.apply(inputs, scale)  # type: ignore[no-any-return,no-untyped-call]
+    return QuantE5M2Function.record(inputs, scale)
 
 
 def dequant_fp8_e5m2(inputs: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """Return float8_e5m2 ``inputs`` (times ``scale``, in float32) as float16."""
-    return DequantE5M2Function.apply(inputs, scale)  # type: ignore[no-any-return,no-untyped-call]
+    return DequantE5M2Function.record(inputs, scale)
 
 
 # ---- scaled ----------------------------------------------------------------------------------------------------------
@@ -199,8 +223,10 @@ def _quantize(op: str, quant_dtype: str, inputs: torch.Tensor, scale: Any, zero_
     return call(op, [x, arrange(s, plan.scale), arrange(z, plan.zero_point)], plan.spec)  # type: ignore[no-any-return]
 
 
-class ScaledFakeQuantizeFunction(Function):
+class ScaledFakeQuantizeFunction(Recorded):
     """See ``scaled_fake_quantize``."""
+
+    of = "scaled_fake_quantize"
 
     @staticmethod
     def forward(
@@ -227,8 +253,15 @@ class ScaledFakeQuantizeFunction(Function):
         return None, grad, None, None, None, None, None, None, None, None, None
 
 
-class ScaledRealQuantizeFunction(Function):
+class ScaledRealQuantizeFunction(Recorded):
     """See ``scaled_real_quantize``."""
+
+    of = "scaled_real_quantize"
+
+    @staticmethod
+    def keep(ctx: Any, quant_dtype: str, inputs: torch.Tensor, *rest: Any) -> None:
+        """Keep the dtype."""
+        ctx.dtype = inputs.dtype
 
     @staticmethod
     def forward(
@@ -245,10 +278,10 @@ class ScaledRealQuantizeFunction(Function):
         qscheme: str | None,
     ) -> torch.Tensor:
         """Compute ``scaled_real_quantize(...)``."""
-        check_data("inputs", inputs)
-        ctx.dtype = inputs.dtype
         how = (axis, group_size, quant_min, quant_max, round_mode, qscheme)
-        return _quantize("quantize", quant_dtype, inputs, scale, zero_point, *how)
+        y = _quantize("quantize", quant_dtype, inputs, scale, zero_point, *how)
+        ScaledRealQuantizeFunction.keep(ctx, quant_dtype, inputs)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -256,8 +289,15 @@ class ScaledRealQuantizeFunction(Function):
         return None, converted(grad, ctx.dtype), None, None, None, None, None, None, None, None
 
 
-class DeQuantizeFunction(Function):
+class DeQuantizeFunction(Recorded):
     """See ``dequantize``."""
+
+    of = "dequantize"
+
+    @staticmethod
+    def keep(ctx: Any, quant_dtype: str, inputs: torch.Tensor, *rest: Any) -> None:
+        """Keep the dtype."""
+        ctx.dtype = inputs.dtype
 
     @staticmethod
     def forward(
@@ -274,7 +314,7 @@ class DeQuantizeFunction(Function):
         q = check_tensor("inputs", inputs)
         one_of("quant_dtype", quant_dtype, documented.SCALED)
         documented.expect_codes("inputs", dtype_name(q.dtype), quant_dtype)
-        ctx.dtype = q.dtype
+        DeQuantizeFunction.keep(ctx, quant_dtype, q)
         if quant_dtype in documented.CASTS:
             return q.clone()
         s, z = _scales(quant_dtype, scale, zero_point, q)
@@ -315,7 +355,7 @@ def scaled_fake_quantize(
     swap where the shape tells the two apart. ``mx_element_dtype`` is not used.
 
     """
-    return ScaledFakeQuantizeFunction.apply(  # type: ignore[no-any-return,no-untyped-call]
+    return ScaledFakeQuantizeFunction.record(
         quant_dtype,
         inputs,
         scale,
@@ -353,9 +393,8 @@ def scaled_real_quantize(
     ``scaled_fake_quantize`` reads it. Integer codes have no gradient.
 
     """
-    return ScaledRealQuantizeFunction.apply(  # type: ignore[no-any-return,no-untyped-call]
-        quant_dtype, inputs, scale, zero_point, axis, group_size, quant_min, quant_max, round_mode, qscheme
-    )
+    how = (axis, group_size, quant_min, quant_max, round_mode, qscheme)
+    return ScaledRealQuantizeFunction.record(quant_dtype, inputs, scale, zero_point, *how)
 
 
 def dequantize(
@@ -374,14 +413,16 @@ def dequantize(
 
     The layouts of scale and zero point are those of ``scaled_real_quantize``.
     """
-    return DeQuantizeFunction.apply(quant_dtype, inputs, scale, zero_point, axis, group_size, qscheme)  # type: ignore[no-any-return,no-untyped-call]
+    return DeQuantizeFunction.record(quant_dtype, inputs, scale, zero_point, axis, group_size, qscheme)
 
 
 # ---- non-scaled ------------------------------------------------------------------------------------------------------
 
 
-class NonScaledFakeQuantizeFunction(Function):
+class NonScaledFakeQuantizeFunction(Recorded):
     """See ``non_scaled_fake_quantize``."""
+
+    of = "non_scaled_fake_quantize"
 
     @staticmethod
     def forward(
@@ -398,8 +439,19 @@ class NonScaledFakeQuantizeFunction(Function):
         return grad, None, None, None, None
 
 
-class NonScaledRealQuantizeFunction(Function):
+class NonScaledRealQuantizeFunction(Recorded):
     """See ``non_scaled_real_quantize``."""
+
+    of = "non_scaled_real_quantize"
+
+    @staticmethod
+    def keep(
+        ctx: Any, input_tensor: torch.Tensor, quant_dtype: str, mx_element_dtype: str | None, axis: int, block_size: int
+    ) -> None:
+        """Keep the shapes and the dtype."""
+        x = input_tensor
+        ctx.plan = documented.slot_plan(quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
 
     @staticmethod
     def forward(
@@ -407,8 +459,8 @@ class NonScaledRealQuantizeFunction(Function):
     ) -> torch.Tensor:
         """Compute ``non_scaled_real_quantize(...)``."""
         x = check_data("input_tensor", input_tensor)
+        NonScaledRealQuantizeFunction.keep(ctx, x, quant_dtype, mx_element_dtype, axis, block_size)
         plan = documented.slot_plan(quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
-        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         blocks = x.reshape(plan.split)
         scale = call("choose_qparams", [blocks], plan.spec)
         values = call("quantize_values", [blocks, scale], plan.spec)
@@ -438,7 +490,7 @@ def non_scaled_fake_quantize(
       Infinities and NaN become 0.
 
     """
-    return NonScaledFakeQuantizeFunction.apply(input_tensor, quant_dtype, mx_element_dtype, axis, block_size)  # type: ignore[no-any-return,no-untyped-call]
+    return NonScaledFakeQuantizeFunction.record(input_tensor, quant_dtype, mx_element_dtype, axis, block_size)
 
 
 def non_scaled_real_quantize(
@@ -450,14 +502,49 @@ def non_scaled_real_quantize(
     not multiplied by it. ``block_size`` divides the axis. A block of zeros has scale 2^-127; one with NaN or inf is NaN
     throughout. The gradient is that of the values.
     """
-    return NonScaledRealQuantizeFunction.apply(input_tensor, quant_dtype, mx_element_dtype, axis, block_size)  # type: ignore[no-any-return,no-untyped-call]
+    return NonScaledRealQuantizeFunction.record(input_tensor, quant_dtype, mx_element_dtype, axis, block_size)
 
 
 # ---- learned scales --------------------------------------------------------------------------------------------------
 
 
-class TQTQuantize(Function):
+LearnParts = tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], OpSpec, OpSpec]
+"""The parameter, the number and the zero point as the core takes them; the specs forward and backward."""
+
+
+def _tqt_parts(
+    inputs: torch.Tensor, log_threshold: Any, zero_point: Any, domain: Any, round_mode: int | None
+) -> LearnParts:
+    x = check_data("inputs", inputs)
+    t, z = scale_tensor("log_threshold", log_threshold, x), zero_point_tensor(zero_point, x)
+    plan = documented.tqt_plan(tuple(x.shape), given(t), given(z), round_mode)
+    documented.expect_domain(domain)
+    return _parts(t, number_tensor("domain", domain, x), z, plan)
+
+
+def _lsq_parts(x: torch.Tensor, scale: Any, zero_point: Any, grad_factor: Any, *how: Any) -> LearnParts:
+    x = check_data("x", x)
+    s, z = scale_tensor("scale", scale, x), zero_point_tensor(zero_point, x)
+    plan = documented.lsq_plan(tuple(x.shape), given(s), given(z), *how)
+    return _parts(s, number_tensor("grad_factor", grad_factor, x), z, plan)
+
+
+def _parts(value: torch.Tensor, number: torch.Tensor, zero_point: torch.Tensor | None, plan: LearnPlan) -> LearnParts:
+    p, z = arrange(value, plan.scale), arrange(zero_point, plan.zero_point)
+    assert p is not None
+    return (p, number, z), plan.forward, plan.backward
+
+
+class TQTQuantize(Recorded):
     """See ``tqt_quantize``."""
+
+    of = "tqt_quantize"
+
+    @staticmethod
+    def keep(ctx: Any, inputs: torch.Tensor, log_threshold: torch.Tensor, *rest: Any) -> None:
+        """Keep what backward needs."""
+        parts, _, backward = _tqt_parts(inputs, log_threshold, *rest)
+        learn_keep(ctx, inputs, log_threshold, *parts, "tqt", backward)
 
     @staticmethod
     def forward(
@@ -469,12 +556,9 @@ class TQTQuantize(Function):
         round_mode: int | None,
     ) -> torch.Tensor:
         """Compute ``tqt_quantize(...)``."""
-        x = check_data("inputs", inputs)
-        t, z = scale_tensor("log_threshold", log_threshold, x), zero_point_tensor(zero_point, x)
-        plan = documented.tqt_plan(tuple(x.shape), given(t), given(z), round_mode)
-        documented.expect_domain(domain)
-        number = number_tensor("domain", domain, x)
-        return learn_forward(ctx, "tqt", x, log_threshold, t, number, z, plan)
+        parts, spec, backward = _tqt_parts(inputs, log_threshold, zero_point, domain, round_mode)
+        learn_keep(ctx, inputs, log_threshold, *parts, "tqt", backward)
+        return learn_forward(inputs, *parts, "tqt", spec)
 
     @staticmethod
     @once_differentiable
@@ -483,8 +567,16 @@ class TQTQuantize(Function):
         return *learn_backward(ctx, grad), None, None, None
 
 
-class LSQQuantize(Function):
+class LSQQuantize(Recorded):
     """See ``lsq_quantize``."""
+
+    of = "lsq_quantize"
+
+    @staticmethod
+    def keep(ctx: Any, x: torch.Tensor, scale: torch.Tensor, *rest: Any) -> None:
+        """Keep what backward needs."""
+        parts, _, backward = _lsq_parts(x, scale, *rest)
+        learn_keep(ctx, x, scale, *parts, "lsq", backward)
 
     @staticmethod
     def forward(
@@ -499,11 +591,10 @@ class LSQQuantize(Function):
         rounding_key: int = 8,
     ) -> torch.Tensor:
         """Compute ``lsq_quantize(...)``."""
-        x = check_data("x", x)
-        s, z = scale_tensor("scale", scale, x), zero_point_tensor(zero_point, x)
-        plan = documented.lsq_plan(tuple(x.shape), given(s), given(z), quant_min, quant_max, ch_axis, rounding_key)
-        number = number_tensor("grad_factor", grad_factor, x)
-        return learn_forward(ctx, "lsq", x, scale, s, number, z, plan)
+        how = (quant_min, quant_max, ch_axis, rounding_key)
+        parts, spec, backward = _lsq_parts(x, scale, zero_point, grad_factor, *how)
+        learn_keep(ctx, x, scale, *parts, "lsq", backward)
+        return learn_forward(x, *parts, "lsq", spec)
 
     @staticmethod
     @once_differentiable
@@ -534,7 +625,7 @@ def tqt_quantize(
         round_mode: 2, 3 or 8; forward and backward.
 
     """
-    return TQTQuantize.apply(inputs, log_threshold, zero_point, domain, round_mode)  # type: ignore[no-any-return,no-untyped-call]
+    return TQTQuantize.record(inputs, log_threshold, zero_point, domain, round_mode)
 
 
 def lsq_quantize(
@@ -564,6 +655,4 @@ def lsq_quantize(
         rounding_key: 2, 3 or 8, as ``round_mode``.
 
     """
-    return LSQQuantize.apply(  # type: ignore[no-any-return,no-untyped-call]
-        x, scale, zero_point, grad_factor, quant_min, quant_max, ch_axis, rounding_key
-    )
+    return LSQQuantize.record(x, scale, zero_point, grad_factor, quant_min, quant_max, ch_axis, rounding_key)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.library import Library, register_fake
+from torch.library import Library, register_fake, register_vmap
 
-from quark_kernels import _core
+from quark_kernels import _core, rules
 from quark_kernels.schema import OPS, OPTIONAL, Op, OpSpec, logical_shape, outputs
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
@@ -21,6 +21,9 @@ if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
 
 NAMESPACE = "quark_kernels"
 OPERATORS = torch.ops.quark_kernels
+
+OVERLOADS: list[tuple[Op, str, str, bool]] = []
+"""Every overload: its operator, the letters of its inputs, its name, and whether it is an ``out`` one."""
 
 _library = Library(NAMESPACE, "DEF")
 
@@ -74,6 +77,38 @@ def _kernel_out(op: Op) -> Callable[..., None]:
     return run
 
 
+def _vmap(op: Op, overload: Any, kinds: str, *, out: bool) -> Callable[..., Any]:
+    """How an overload meets ``torch.vmap``: as one call for all examples."""
+
+    def run(info: Any, axes: tuple[int | None, ...], *arguments: Any) -> Any:
+        tensors, text = arguments[: len(kinds)], arguments[len(kinds)]
+        is_batched = [axis is not None for axis in axes[: len(kinds)]]
+        spec, lengths = rules.batched(op, OpSpec.parse(text), kinds, is_batched, info.batch_size)
+        whole = [_lead(t, axis, n) for t, axis, n in zip(tensors, axes, lengths, strict=False)]
+        if not spec.batch and spec.block is not None:  # an example's one scale may have come in any shape
+            normal = (1,) * (len(spec.block) - 1)
+            scales = [kind in "sz" and t.dim() <= len(normal) for kind, t in zip(kinds, whole, strict=True)]
+            whole = [t.reshape(t.shape[0], *normal) if s else t for s, t in zip(scales, whole, strict=True)]
+        if out:
+            if axes[-1] is None:
+                raise ValueError(
+                    "out is one tensor for all of vmap's examples; allowed: one that is mapped over, as x is"
+                )
+            overload(*whole, spec.text, arguments[-1].movedim(axes[-1], 0))
+            return None, None
+        results = overload(*whole, spec.text)
+        return results, (0,) * len(results) if isinstance(results, tuple) else 0
+
+    return run
+
+
+def _lead(t: torch.Tensor, axis: int | None, length: int | None) -> torch.Tensor:
+    """A tensor with the examples' axis in front; of this length, or not at all, where the examples share it."""
+    if axis is not None:
+        return t.movedim(axis, 0)
+    return t if length is None else t.expand(length, *t.shape)
+
+
 def _overload(letters: str, *, out: bool = False) -> str:
     """The overload of calls that have these of the optional tensors."""
     return "_".join([OPTIONAL[letter] for letter in letters] + ["out"] * out) or "default"
@@ -103,6 +138,9 @@ def _define(op: Op, letters: str, *, out: bool = False) -> None:
     _library.define(f"{name}({arguments}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, _kernel_out(op) if out else _kernel(op), "CPU")
     register_fake(f"{NAMESPACE}::{name}", (lambda *_: None) if out else _fake(op), lib=_library)
+    rule = _vmap(op, getattr(getattr(OPERATORS, op.name), overload), "".join(present), out=out)
+    register_vmap(f"{NAMESPACE}::{name}", rule, lib=_library)
+    OVERLOADS.append((op, "".join(present), name, out))
 
 
 for _op in OPS.values():
@@ -112,8 +150,16 @@ for _letters in _variants(OPS["fake_quantize"]):
     _define(OPS["fake_quantize"], _letters, out=True)
 
 
+def is_distributed(t: torch.Tensor) -> bool:
+    """Return whether a tensor is a DTensor. By its name: torch alone doesn't import what defines it."""
+    return type(t) is not torch.Tensor and type(t).__name__ == "DTensor"
+
+
 def _find(name: str, given: Sequence[torch.Tensor], spec: OpSpec, *, out: bool = False) -> Any:
     """The overload of a call."""
+    for t in given:
+        if is_distributed(t):
+            import quark_torch.distributed  # noqa: F401  # which torch alone doesn't import
     op = OPS[name]
     letters = [letter for letter in "gkp" if letter in op.ins + op.outs and spec.takes(letter)]
     inputs = sum(1 for letter in op.ins if letter not in OPTIONAL or letter in letters)

@@ -101,11 +101,33 @@ class QTensor(QTensorBase):
 
 
 def _flatten(q: QTensor) -> tuple[list[Any], tuple[Any, ...]]:
-    return [getattr(q, name) for name in QTensor.ARRAYS], (q.spec, q.shape, q.dtype, q.packed)
+    # Of what is None no leaf: torch.vmap takes only tensors.
+    present = tuple(name for name in QTensor.ARRAYS if getattr(q, name) is not None)
+    return [getattr(q, name) for name in present], (present, q.spec, q.shape, q.dtype, q.packed)
 
 
 def _unflatten(arrays: Any, static: Any) -> QTensor:
-    return QTensor(*arrays, *static)
+    present, *rest = static
+    parts = dict(zip(present, arrays, strict=True))
+    return QTensor(*(parts.get(name) for name in QTensor.ARRAYS), *rest)  # type: ignore[arg-type]
 
 
-_pytree.register_pytree_node(QTensor, _flatten, _unflatten, serialized_type_name="quark_torch.QTensor")
+def _to_json(static: Any) -> Any:
+    """What is static in a form that ``torch.export.save`` writes."""
+    present, spec, shape, dtype, packed = static
+    return [list(present), str(spec), list(shape), str(dtype).removeprefix("torch."), packed]
+
+
+def _from_json(saved: Any) -> tuple[Any, ...]:
+    present, spec, shape, dtype, packed = saved
+    return tuple(present), QuantSpec.parse(spec), tuple(shape), getattr(torch, dtype), packed
+
+
+_pytree.register_pytree_node(
+    QTensor,
+    _flatten,
+    _unflatten,
+    serialized_type_name="quark_torch.QTensor",
+    to_dumpable_context=_to_json,
+    from_dumpable_context=_from_json,
+)

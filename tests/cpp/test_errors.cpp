@@ -142,7 +142,7 @@ TEST(optional_letters) {
     const check::Note note(text);
     for (const char letter : std::string_view("gkp"))
       CHECK_EQ(good(text).takes(letter), optional.find(letter) != std::string_view::npos);
-    for (const char letter : std::string_view("xqcsnz")) CHECK(good(text).takes(letter));
+    for (const char letter : std::string_view("xqcsnze")) CHECK(good(text).takes(letter));
   }
 }
 
@@ -257,6 +257,32 @@ TEST(bad_specs) {
   bad("codes bits=0", {"bits is 0", "1 to 8"});
   bad("codes bits=9", {"bits is 9", "1 to 8"});
   bad("codes bits=x", {"bits=x"});
+  for (const char* batch : {"", "x", "-1", "17", "1.5", "99999999999999999999"})
+    bad(std::string("int8 batch=") + batch, {"can't read", "batch="});
+  bad("int8 batch", {"'batch'"});
+  for (const char* text : {"int8 block=0 whole=8", "codes bits=4 whole=8", "int8 whole=8"})
+    bad(text, {"whole", "rounding=stochastic"});
+  bad("int8 rounding=stochastic block=0 whole=8,8", {"whole has 2 axes", "block 1"});
+  bad("codes bits=4 rounding=stochastic whole=8", {"whole has 1 axes", "block 0"});
+  bad("int8 rounding=stochastic block=0 whole=-8", {"whole", "-8", ">= 0"});
+  bad("int8 rounding=stochastic block=0 whole=8,", {"whole", "comma"});
+  bad("int8 rounding=stochastic block=0 whole=8 whole=8", {"whole is given twice"});
+  for (const char* whole : {"4294967296,4294967296", "0,9223372036854775807,2", "9223372036854775807,2,0"})
+    bad("int8 rounding=stochastic block=" + std::string(std::string_view(whole).size() < 22 ? "0,0" : "0,0,0") +
+            " whole=" + whole,
+        {"whole has too many elements"});
+}
+
+TEST(batches_and_shards) {
+  CHECK_EQ(good("int8").batch, 0);
+  CHECK(!good("int8 rounding=stochastic block=0").is_shard);
+  CHECK_EQ(good("codes bits=4 packed batch=2").batch, 2);
+  CHECK_EQ(good("int8 batch=16 block=1,0").batch, 16);
+  const QuantSpec spec = good("fp4 whole=9223372036854775807,0 block=1,32 rounding=stochastic batch=1");
+  CHECK(spec.is_shard);
+  CHECK_EQ(spec.whole[0], std::numeric_limits<int64_t>::max());
+  CHECK_EQ(spec.whole[1], 0);
+  CHECK_EQ(spec.rank, 2);
 }
 
 TEST(cached_specs_are_parsed_specs) {
@@ -1012,6 +1038,237 @@ TEST(operands_that_overlap) {
   }
 }
 
+// ---- batches and shards -------------------------------------------------------------------------------------------
+
+TensorView moved(TensorView t, int64_t elements) {
+  t.data = static_cast<char*>(t.data) + elements * quark::bytes_of(t.dtype);
+  return t;
+}
+
+/// Three examples with a scale per row, which are their own.
+Call batch_call() {
+  return Call(Op::fake_quantize, "int8 block=1,0 batch=1",
+              {array(DType::float32, {3, 4, 6}), array(DType::float32, {3, 4, 1})}, {array(DType::float32, {3, 4, 6})});
+}
+
+TEST(lengths_of_batches) {
+  CHECK(batch_call().run().ok());
+  {
+    Call c = batch_call();  // shared scales
+    c.in[1].shape[0] = 1;
+    CHECK(c.run().ok());
+    c.in[0].shape[0] = 1;  // one example
+    c.refused(ErrorKind::value, {"fake_quantize: output 0", "(3, 4, 6)", "batch axis 0", "1 examples"});
+    c.out[0].shape[0] = 1;
+    CHECK(c.run().ok());
+  }
+  {
+    Call c = batch_call();
+    c.in[1].shape[0] = 2;
+    c.refused(ErrorKind::value, {"fake_quantize: input 1", "(2, 4, 1)", "batch axis 0", "3 examples"});
+    c.in[1].shape[0] = 0;
+    c.refused(ErrorKind::value, {"fake_quantize: input 1", "(0, 4, 1)", "3 examples"});
+  }
+  for (const int64_t n : {0, 1, 2}) {
+    Call c = batch_call();
+    c.out[0].shape[0] = n;
+    c.refused(ErrorKind::value, {"fake_quantize: output 0", "3 examples"});
+  }
+  {
+    Call c = batch_call();  // what one example gets is wrong
+    c.in[1].rank = 2;
+    c.refused(ErrorKind::value, {"fake_quantize: input 1 has shape (4,)", "(4, 1)", "of one example"});
+    c.in[1].rank = 0;
+    c.refused(ErrorKind::value, {"fake_quantize: input 1", "()", "1 batch axes"});
+  }
+  {
+    Call c = batch_call();
+    c.spec.batch = 3;
+    c.refused(ErrorKind::value, {"fake_quantize: ", "block has 2 axes", "()", "of one example"});
+    c.spec.batch = 4;
+    c.refused(ErrorKind::value, {"fake_quantize: input 0", "4 batch axes"});
+  }
+  {
+    Call c = batch_call();
+    c.in.pop_back();
+    c.refused(ErrorKind::value, {"fake_quantize: got 1 inputs"});
+  }
+  {
+    Call c = batch_call();
+    c.in[1].dtype = DType::int32;
+    c.refused(ErrorKind::type, {"fake_quantize: input 1", "int32", "of one example"});
+  }
+}
+
+/// Without examples there is nothing to do, but the shapes must be right; there may be no memory.
+TEST(no_examples) {
+  Call c = batch_call();
+  for (TensorView* t : {&c.in[0], &c.in[1], &c.out[0]}) t->shape[0] = 0, t->data = nullptr;
+  CHECK(c.run().ok());
+  c.in[1].shape[0] = 1;
+  c.refused(ErrorKind::value, {"input 1", "no memory"});
+  c.in[1].data = c.arrays[1].view().data;
+  CHECK(c.run().ok());
+  c.in[1].shape[2] = 2;
+  c.refused(ErrorKind::value, {"input 1 has shape (4, 2)", "of one example"});
+  Call empty = batch_call();  // 2^60 of nothing
+  for (TensorView* t : {&empty.in[0], &empty.in[1], &empty.out[0]}) {
+    t->shape[0] = int64_t(1) << 60;
+    t->shape[1] = 0;
+  }
+  CHECK(empty.run().ok());
+  empty.in[0].shape[0] = int64_t(1) << 62;
+  empty.refused(ErrorKind::value, {"input 1", "examples"});
+}
+
+/// Examples mustn't write where another one reads or writes.
+TEST(overlaps_in_batches) {
+  {
+    Call c = batch_call();  // in place
+    c.out[0] = c.in[0];
+    CHECK(c.run().ok());
+  }
+  {
+    Call c = batch_call();  // every example writes the same elements
+    c.out[0].strides[0] = 0;
+    c.refused(ErrorKind::value, {"output 0", "overlaps itself"});
+    c.out[0] = c.in[0];
+    c.in[0].strides[0] = c.out[0].strides[0] = 0;
+    c.refused(ErrorKind::value, {"output 0", "overlaps itself"});
+  }
+  {
+    Call c = batch_call();  // one row further in memory: an example's end in the next one
+    c.out[0].strides[0] = 20;
+    c.refused(ErrorKind::value, {"output 0", "overlaps itself"});
+  }
+  {
+    Call c = batch_call();  // in place for the first example, all others read it too
+    c.out[0] = c.in[0];
+    c.in[0].strides[0] = 0;
+    c.refused(ErrorKind::value, {"output 0 overlaps input 0"});
+  }
+  {
+    Array longer = array(DType::float32, {4, 4, 6});
+    Call c = batch_call();  // the next example's input
+    c.in[0] = moved(longer.view(), 24);
+    c.out[0] = longer.view();
+    c.in[0].shape[0] = c.out[0].shape[0] = 3;
+    c.refused(ErrorKind::value, {"output 0 overlaps input 0"});
+  }
+  {
+    Array all = array(DType::float32, {3, 2, 24});
+    Call c(Op::fake_quantize_dynamic, "int8 block=0 batch=1", {array(DType::float32, {3, 24})},
+           {array(DType::float32, {3, 24}), array(DType::float32, {3, 1})});
+    c.out[0].data = all.view().data;
+    c.out[0].strides[0] = 48;
+    CHECK(c.run().ok());
+    c.out[1].data = moved(all.view(), 60).data;  // the scale of one in the data of another
+    c.refused(ErrorKind::value, {"outputs 0 and 1 overlap"});
+    c.out[1].data = c.in[0].data;
+    c.refused(ErrorKind::value, {"output 1 overlaps input 0"});
+  }
+}
+
+/// All examples are checked before one is run.
+TEST(numbers_of_examples) {
+  for (const Op op : {Op::tqt_quantize, Op::tqt_backward}) {
+    Call one = tqt_call(op, 8, "int8 block=0,0 batch=1");
+    std::vector<Array> in, out;
+    for (const bool is_output : {false, true})
+      for (const TensorView& t : is_output ? one.out : one.in) {
+        Shape shape = {2};
+        shape.insert(shape.end(), t.shape, t.shape + t.rank);
+        (is_output ? out : in).push_back(number(8, t.dtype, shape));
+      }
+    Call c(op, "int8 block=0,0 batch=1", in, out);
+    CHECK(c.run().ok());
+    const size_t at = op == Op::tqt_quantize ? 2 : 3;
+    static_cast<float*>(c.in[at].data)[1] = 2.5f;
+    c.refused(ErrorKind::value, {"domain is 2.5", "integer from 1"});
+    c.in[at].strides[0] = 0;
+    CHECK(c.run().ok());
+  }
+}
+
+Call shard_call(const char* words) {
+  Array keys = array(DType::int32, {2, 4});
+  for (const int at : {2, 6}) keys.put(at, 4), keys.put(at + 1, 3);
+  return Call(Op::fake_quantize, std::string("int8 block=0,0 rounding=stochastic whole=8,9") + words,
+              {array(DType::float32, {2, 4, 6}), number(2, DType::float32, {2}), keys},
+              {array(DType::float32, {2, 4, 6})});
+}
+
+TEST(places_of_shards) {
+  constexpr int32_t kMost = std::numeric_limits<int32_t>::max(), kLeast = std::numeric_limits<int32_t>::min();
+  const auto key_of = [](Call& c) { return static_cast<int32_t*>(c.in[2].data); };
+  for (const int example : {0, 1}) {
+    for (const int32_t begin : {5, 6, 7, 8, 9, -1, kMost, kLeast}) {
+      Call c = shard_call(" batch=1");
+      CHECK(c.run().ok());
+      key_of(c)[4 * example + 2] = begin;
+      c.refused(ErrorKind::value,
+                {"fake_quantize: input 2", "axis 0", std::to_string(begin).c_str(), "(4, 6)", "(8, 9)"});
+      key_of(c)[4 * example + 2] = 0;
+      CHECK(c.run().ok());
+      key_of(c)[4 * example + 3] = begin;
+      c.refused(ErrorKind::value, {"fake_quantize: input 2", "axis 1", std::to_string(begin).c_str()});
+    }
+  }
+  {
+    Call c = shard_call(" batch=1");  // words as usual, those of the place missing
+    c.in[2].shape[1] = 2;
+    c.refused(ErrorKind::value, {"fake_quantize: input 2", "(2,)", "(4,)"});
+    c.in[2].shape[1] = 3;
+    c.refused(ErrorKind::value, {"fake_quantize: input 2", "(3,)", "(4,)"});
+    c.spec.is_shard = false;
+    c.refused(ErrorKind::value, {"fake_quantize: input 2", "(3,)", "(2,)"});
+  }
+  {
+    Call c = shard_call(" batch=1");  // nothing at the very end
+    c.in[0].shape[1] = c.out[0].shape[1] = 0;
+    key_of(c)[2] = key_of(c)[6] = 8;
+    CHECK(c.run().ok());
+  }
+  {
+    Call c = shard_call(" batch=1");  // larger than the whole
+    c.spec.whole[1] = 5;
+    key_of(c)[3] = key_of(c)[7] = 0;
+    c.refused(ErrorKind::value, {"input 2", "axis 1", "(4, 6)", "(8, 5)"});
+  }
+}
+
+TEST(extremes_of_many_axes) {
+  std::string block = "0";
+  Shape shape = {2};
+  for (int rank = 1; rank <= quark::kMaxRank; ++rank, block += ",0", shape.push_back(1)) {
+    Shape ends(size_t(std::min(rank, quark::kMaxRank - 1)), 1);
+    ends.push_back(2);
+    Call c(Op::extremes, "int8 block=" + block, {array(DType::float32, shape)}, {array(DType::int32, ends)});
+    if (rank < quark::kMaxRank) {
+      CHECK(c.run().ok());
+    } else {
+      c.refused(ErrorKind::value, {"extremes: ", "16 dimensions", "at most 15"});
+    }
+  }
+}
+
+TEST(shapes_of_extremes) {
+  const auto ends = [](const Shape& shape, DType dtype = DType::int32) {
+    return Call(Op::extremes, "fp4 block=1,4 scale=e8m0", {array(DType::bfloat16, {3, 8})}, {array(dtype, shape)});
+  };
+  CHECK(ends({3, 2, 2}).run().ok());
+  for (const Shape& shape : {Shape{3, 2}, Shape{3, 2, 1}, Shape{2, 3, 2}, Shape{3, 4}, Shape{12}, Shape{3, 2, 2, 1}})
+    ends(shape).refused(ErrorKind::value, {"extremes: output 0", "(3, 2, 2)"});
+  ends({3, 2, 2}, DType::float32).refused(ErrorKind::type, {"extremes: output 0", "float32", "int32"});
+  Call c = ends({3, 2, 2});
+  std::swap(c.out[0].strides[1], c.out[0].strides[2]);
+  c.refused(ErrorKind::value, {"extremes: output 0", "contiguous"});
+  Call d(Op::extremes, "int8 block=0 method=mse", {array(DType::float32, {3})}, {array(DType::int32, {1, 2})});
+  d.refused(ErrorKind::value, {"extremes: ", "method", "choose_qparams"});
+  d.spec = good("fp4 block=0 scale=global");
+  CHECK(d.run().ok());
+}
+
 /// Scales are written before the last input is read, so they must not be an input, not even the very same tensor.
 TEST(scales_in_the_memory_of_an_input) {
   for (const Op op : {Op::choose_qparams, Op::quantize_dynamic, Op::fake_quantize_dynamic, Op::dequantize_backward}) {
@@ -1124,6 +1381,7 @@ TEST(results_do_not_depend_on_the_host_s_float_environment) {
             case 'p': return array(DType::uint8, {40, 4});
             case 'k': return array(DType::int32, {2});
             case 'z': return array(DType::int32, scales);
+            case 'e': return array(DType::int32, {scales[0], scales[1], 2});
             case 's': {
               if (is_tqt) return number(-126);
               Array s = array(scale_dtype(spec), scales);

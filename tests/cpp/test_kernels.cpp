@@ -279,11 +279,20 @@ class TermsOf {
       for (int i = 0; i < 2; ++i) key_[size_t(i)] = at['k']->get<uint32_t>(i);
   }
 
+  /// The index of an element, of a shard that in the whole array.
+  uint64_t index_of(int64_t flat) const {
+    if (!spec_.is_shard) return uint64_t(flat);
+    uint64_t index = 0, step = 1;
+    for (size_t d = shape_.size(); d-- > 0; flat /= shape_[d], step *= uint64_t(spec_.whole[d]))
+      index += uint64_t(at_['k']->get<int32_t>(int64_t(2 + d)) + flat % shape_[d]) * step;
+    return index;
+  }
+
   Terms operator()(int64_t flat) const {
     const int64_t index = scale_index(flat, shape_, spec_);
     Terms t{scale_number(spec_, *at_['s'], index, at_['g']), 0, 0};
     if (at_['z']) t.z = at_['z']->number(index);
-    if (at_['k']) t.random = reference::random_word(uint64_t(flat), key_);
+    if (at_['k']) t.random = reference::random_word(index_of(flat), key_);
     if (!at_['p']) return t;
     const Pair pair(flat, shape_, spec_);
     if (at_['p']->get<uint8_t>(pair.byte) >> pair.bit & 1) t.s = float(double(t.s) / 2);
@@ -360,6 +369,26 @@ void naive_choose_all(const QuantSpec& spec, const Operands& at) {
 }
 
 /// out = f(i) for every element.
+/// Writes max(x, +0) and min(x, -0) of every group, NaN where it has one.
+void naive_extremes(const QuantSpec& spec, const Operands& at) {
+  const Array& x = *at['x'];
+  std::vector<float> most(size_t(at['e']->elements() / 2), 0.0f), least(most.size(), -0.0f);
+  for (int64_t i = 0; i < x.elements(); ++i) {
+    const auto group = size_t(scale_index(i, x.shape(), spec));
+    const float v = x.number(i);
+    if (std::isnan(v) || std::isnan(most[group])) {
+      most[group] = float_of(0x7fc00000u), least[group] = float_of(0xffc00000u);
+    } else {
+      if (v > most[group]) most[group] = v;
+      if (v < least[group]) least[group] = v;
+    }
+  }
+  for (size_t group = 0; group < most.size(); ++group) {
+    at['e']->put(int64_t(2 * group), most[group]);
+    at['e']->put(int64_t(2 * group + 1), least[group]);
+  }
+}
+
 template <class F>
 void naive_elementwise(Array& out, const F& f) {
   for (int64_t i = 0; i < out.elements(); ++i) out.put_number(i, f(i));
@@ -420,6 +449,7 @@ void naive(Case& c, std::vector<Array>& out) {
   Operands at(c, out);
   switch (c.op) {
     case Op::choose_qparams: return naive_choose(spec, at);
+    case Op::extremes: return naive_extremes(spec, at);
     case Op::quantize: return naive_quantize(spec, at);
     case Op::quantize_dynamic: naive_choose_all(spec, at); return naive_quantize(spec, at);
     case Op::quantize_values: {
@@ -518,11 +548,11 @@ struct Needs {
     learned = has(ins, 'n');
     one_scale = std::string_view(name).starts_with("tqt");
     chooses = op == Op::choose_qparams;
-    is_random = has(ins, 'k') || chooses || op == Op::dequantize;  // or doesn't mind
+    is_random = has(ins, 'k') || chooses || op == Op::extremes || op == Op::dequantize;  // or doesn't mind
     using enum ScaleFormat;
     if (op == Op::quantize_values) scales = {float32, e8m0};
-    if (has(ins, 'p') || has(outs, 'p')) scales = {float32, e8m0, e4m3, exponent, microexponents};
-    if (chooses) scales.push_back(global);
+    if (has(ins, 'p') || has(outs, 'p') || has(outs, 'e')) scales = {float32, e8m0, e4m3, exponent, microexponents};
+    if (chooses || has(outs, 'e')) scales.push_back(global);
   }
 };
 
@@ -569,6 +599,19 @@ const Format& random_format(Random& random, const Needs& needs, ScaleFormat scal
   }
 }
 
+/// The shape of an array that has shards of this one, now and then of more elements than 32 bits count.
+std::string random_whole(Random& random, const Shape& shape) {
+  std::string text;
+  int64_t room = 1;
+  for (const int64_t n : shape) room *= n;
+  for (const int64_t n : shape) {
+    int64_t more = random.chance(40) ? 0 : random.between(0, 9);
+    if (room > 0 && room < 1 << 20 && random.chance(10)) more = random.between(0, int64_t(1) << 33), room = 0;
+    text += (text.empty() ? " whole=" : ",") + std::to_string(n + more);
+  }
+  return text;
+}
+
 std::string random_spec(Random& random, Op op, const Shape& shape) {
   if (op == Op::pack || op == Op::unpack) {
     const int64_t bits = random.between(1, 8);
@@ -600,6 +643,7 @@ std::string random_spec(Random& random, Op op, const Shape& shape) {
   add(std::string("method=percentile:") + percent, searches && !mse);
   const bool is_nearest = f.is_cast() || narrow || (shares && ieee);
   const bool stochastic = add("rounding=stochastic", needs.is_random && !is_nearest && !ieee && !mse, 30);
+  if (stochastic && random.chance(50)) text += random_whole(random, shape);
   const char* rounding = quark::rounding_names()[size_t(random.between(0, int64_t(Rounding::stochastic) - 1))];
   add(std::string("rounding=") + rounding, !is_nearest && !stochastic, 100);
   const bool packed = add("packed length=" + std::to_string(shape.empty() ? 1 : shape.back()), f.bits <= 8, 50);
@@ -775,7 +819,21 @@ Case make_case(Random& random, Op op, const Shape& shape, const std::string& tex
         return a;
       }
       case 'p': return Array(random, DType::uint8, pair_shape, is_output ? Layout::contiguous : layout);
-      case 'k': return Array(random, DType::int32, {2}, layout);
+      case 'k': {
+        if (!c.spec.is_shard) return Array(random, DType::int32, {2}, layout);
+        const auto rank = int64_t(shape.size());
+        Array a(random, DType::int32, {2 + rank}, random.chance(50) ? Layout::contiguous : Layout::strided);
+        for (size_t d = 0; d < shape.size(); ++d) {
+          const int64_t room = std::min<int64_t>(c.spec.whole[d] - shape[d], INT32_MAX);
+          a.put(int64_t(2 + d), int32_t(random.chance(30) ? room : random.between(0, room)));
+        }
+        return a;
+      }
+      case 'e': {
+        Shape ends = scale_shape;
+        ends.push_back(2);
+        return Array(random, DType::int32, ends);
+      }
       case 'n': {
         Array a(random, DType::float32, random.chance(50) ? Shape{} : Shape{1, 1}, layout);
         const int64_t domain = random.chance(60) ? int64_t(1) << random.between(0, 22) : random.between(1, 1 << 22);
@@ -1197,6 +1255,135 @@ TEST(any_number_of_threads_gives_the_same_bits) {
                     [&](quark::Tensors in, quark::Tensors out) { return level.kernels[op](in, out, c.spec, openmp); });
         }
       }
+    }
+  }
+}
+
+// ---- batches ------------------------------------------------------------------------------------------------------
+
+void copy_element(const Array& from, int64_t at, Array& to, int64_t index) {
+  switch (quark::bytes_of(from.dtype())) {
+    case 1: return to.put(index, from.get<uint8_t>(at));
+    case 2: return to.put(index, from.get<uint16_t>(at));
+    case 4: return to.put(index, from.get<uint32_t>(at));
+    default: return to.put(index, from.get<uint64_t>(at));
+  }
+}
+
+/// A batch of calls and, by itself, each of them.
+struct Batch {
+  Case whole;
+  std::vector<Case> examples;
+  Shape lengths;
+
+  /// Examples like this one: its elements, moved round from one to the next. Each batch axis of an input may be shared.
+  Batch(Random& random, const Case& model, const Shape& of_batch)
+      : whole{model.op, model.text + " batch=" + std::to_string(of_batch.size()), {}, {}, {}}, lengths(of_batch) {
+    CHECK(quark::parse_spec(whole.text, whole.spec).ok());
+    examples.assign(size_t(arrays::product(lengths)), model);
+    for (size_t i = 0; i < model.in.size(); ++i) {
+      Shape shape = lengths;
+      // The first one isn't shared, so that there are so many examples.
+      for (int64_t& n : shape) n = i > 0 && random.chance(40) ? 1 : n;
+      const char letter = letter_of(model, quark::kOps[int(model.op)].ins, i);
+      Array all = batched(random, model.in[i], shape, letter == 'k' ? Layout::strided : Layout::broadcast);
+      const auto count = int64_t(examples.size());
+      for (int64_t e = 0; e < count; ++e) fill(random, letter, model.in[i], all, e);
+      for (int64_t e = 0; e < count; ++e) {
+        Array one(random, all.dtype(), model.in[i].shape());
+        move_example(one, all, e, false);
+        examples[size_t(e)].in[i] = one;
+      }
+      whole.in.push_back(std::move(all));
+    }
+    for (size_t i = 0; i < model.out.size(); ++i) {
+      const char letter = letter_of(model, quark::kOps[int(model.op)].outs, i);
+      const bool may_have_steps = std::strchr("xqc", letter) != nullptr;
+      whole.out.push_back(
+          batched(random, model.out[i], lengths, may_have_steps ? Layout::strided : Layout::contiguous));
+    }
+  }
+
+  /// The batch's outputs, from the examples' own.
+  std::vector<Array> expected() {
+    std::vector<Array> want = whole.out;
+    for (size_t e = 0; e < examples.size(); ++e) {
+      std::vector<Array> out = examples[e].out;
+      naive(examples[e], out);
+      for (size_t i = 0; i < out.size(); ++i) move_example(out[i], want[i], int64_t(e), true);
+    }
+    return want;
+  }
+
+ private:
+  static Array batched(Random& random, const Array& a, Shape shape, Layout layout) {
+    shape.insert(shape.end(), a.shape().begin(), a.shape().end());
+    return Array(random, a.dtype(), shape, random.chance(40) ? Layout::contiguous : layout);
+  }
+  /// The number of an example's first element.
+  int64_t first(const Array& all, int64_t example, int64_t elements) const {
+    int64_t at = 0, step = 1;
+    for (size_t d = lengths.size(); d-- > 0; example /= lengths[d]) {
+      if (all.shape()[d] != 1) at += example % lengths[d] * step;
+      step *= all.shape()[d];
+    }
+    return at * elements;
+  }
+  void move_example(Array& one, Array& all, int64_t example, bool into_all) const {
+    const int64_t n = one.elements(), from = first(all, example, n);
+    for (int64_t j = 0; j < n; ++j)
+      into_all ? copy_element(one, j, all, from + j) : copy_element(all, from + j, one, j);
+  }
+  static char letter_of(const Case& c, std::string_view row, size_t at) {
+    for (const char letter : row)
+      if (c.spec.takes(letter) && at-- == 0) return letter;
+    return '?';
+  }
+  void fill(Random& random, char letter, const Array& a, Array& all, int64_t example) const {
+    const int64_t n = a.elements(), to = first(all, example, n);
+    for (int64_t j = 0; j < n; ++j) {
+      if (letter != 'k') {
+        copy_element(a, (j + 3 * example) % n, all, to + j);
+      } else if (j < 2) {
+        all.put(to + j, uint32_t(random.bits()));
+      } else {  // where a shard begins: there or at 0
+        all.put(to + j, random.chance(50) ? a.get<int32_t>(j) : 0);
+      }
+    }
+  }
+};
+
+void check_batch(Batch& batch, quark::Executor& executor, const char* how) {
+  const std::vector<Array> want = batch.expected();
+  Case& c = batch.whole;
+  check_run(c, want, how,
+            [&](quark::Tensors in, quark::Tensors out) { return quark::run(c.op, in, out, c.spec, executor); });
+}
+
+TEST(batches) {
+  Random random(210);
+  quark::SerialExecutor serial;
+  for (int i = 0; i < 250 * quark::kOpCount; ++i) {
+    const auto op = Op(i % quark::kOpCount);
+    const Case model = random_case(random, op, i % 10 == 0 ? Size::tiles : i % 11 == 0 ? Size::empty : Size::small);
+    Shape lengths(size_t(random.between(1, 3)));
+    for (int64_t& n : lengths) n = random.chance(5) ? 0 : random.between(1, 4);
+    Batch batch(random, model, lengths);
+    ShuffledExecutor shuffled(random.bits());
+    check_batch(batch, random.chance(50) ? static_cast<quark::Executor&>(serial) : shuffled, "a batch");
+  }
+}
+
+/// Examples that share the threads, and examples among which they are shared.
+TEST(batches_on_threads) {
+  Random random(211);
+  for (int op = 0; op < quark::kOpCount; ++op) {
+    for (const int64_t length : {20'000, (1 << 18) + 3}) {
+      const Shape shape = {2, length / 2};
+      const Case model = make_case(random, Op(op), shape, random_spec(random, Op(op), shape));
+      Batch batch(random, model, length > 1 << 18 ? Shape{2} : Shape{3, 2});
+      quark::OpenMPExecutor openmp(3);
+      check_batch(batch, openmp, "OpenMP with 3 threads");
     }
   }
 }
