@@ -35,9 +35,10 @@ $(VENV)/.frameworks: constraints.txt
 	$(if $(filter jax,$(FRAMEWORKS)),$(PIP) jax jaxlib)
 	touch $@
 
+# Then what it needs: by its name, since a path would be built anew.
 $(VENV)/.installed: $(VENV)/.frameworks $(SOURCES)
 	$(PIP) --force-reinstall --no-deps .
-	$(PIP) '.[$(subst $(space),$(comma),$(FRAMEWORKS))]'
+	$(PIP) 'quark-kernels[$(subst $(space),$(comma),$(FRAMEWORKS))]'
 	touch $@
 
 $(VENV)/.test-tools: $(VENV)/.frameworks pyproject.toml

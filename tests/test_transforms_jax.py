@@ -32,6 +32,9 @@ N = 3
 """Examples of a batch."""
 
 cells = pytest.mark.parametrize(("function", "variant"), CELLS, ids=IDS)
+# Where a transform can't meet the variants of a function differently, every third of them.
+FEW = [i for i, (function, variant) in enumerate(CELLS) if function.variants.index(variant) % 3 == 0]
+few_cells = pytest.mark.parametrize(("function", "variant"), [CELLS[i] for i in FEW], ids=[IDS[i] for i in FEW])
 
 
 def record(function: Function, transform: str, outcome: str = "works") -> None:
@@ -130,7 +133,7 @@ def test_jit(function: Function, variant: Variant) -> None:
     record(function, "jit")
 
 
-@cells
+@few_cells
 def test_aot(function: Function, variant: Variant) -> None:
     compiled = jax.jit(call_of(function, variant)).lower(*shapes(variant)).compile()
     assert_bits(compiled(*variant.example(1)), plain(function, variant, 1))
@@ -141,7 +144,7 @@ def shapes(variant: Variant) -> list[Any]:
     return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in variant.example()]
 
 
-@cells
+@few_cells
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_donation(function: Function, variant: Variant) -> None:
     """The results may take the place of the inputs."""
@@ -208,11 +211,14 @@ def test_jvp(function: Function, variant: Variant) -> None:
     outs, found = jax.jvp(of, primals, tangents)
     assert_bits(outs, plain(function, variant))
     for out, tangent in zip(outs, found, strict=True):
-        assert tangent.dtype == jax.dtypes.float0 if not is_float(out) else not np.any(np.asarray(tangent, np.float32))
+        if not is_float(out):
+            assert tangent.dtype == jax.dtypes.float0
+        elif out.dtype != jnp.float8_e8m0fnu:  # which has no zero
+            assert not np.any(np.asarray(tangent, np.float32))
     record(function, "jvp", NO_GRADIENT)
 
 
-@cells
+@few_cells
 def test_checkpoint(function: Function, variant: Variant) -> None:
     call = jax.checkpoint(call_of(function, variant))
     assert_bits(jax.jit(call)(*variant.example()), plain(function, variant))

@@ -472,6 +472,29 @@ def test_export(strict: bool, tmp_path: Path) -> None:
         record(function, "export (strict)" if strict else "export")
 
 
+def test_export_of_qtensors() -> None:
+    """A QTensor is an argument like others."""
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Any) -> Any:
+            return q.dequantize()
+
+    q = quark_torch.quantize(torch.randn(4, 32), "nvfp4")
+    for strict in (False, True):
+        same(torch.export.export(Module(), (q,), strict=strict).module()(q), q.dequantize())
+
+
+def test_export_of_torch_func() -> None:
+    """torch has no way to trace it; a plain export works after that."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.vmap(lambda x: quark_torch.fake_quantize(x, "int8"))(x)
+
+    with pytest.raises(NotImplementedError, match="fake_quantize is under torch.func while torch.export traces it"):
+        torch.export.export(Module(), (torch.randn(4, 8),), strict=False)
+
+
 # ---- tensors without data --------------------------------------------------------------------------------------------
 
 

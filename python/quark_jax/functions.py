@@ -753,12 +753,28 @@ def _learned_forward(
 
 
 def _learned_backward(kind: str, forward: OpSpec, backward: OpSpec, saved: Any, grad: jax.Array) -> Any:
-    x, parameter, number, zero_point = saved
-    dx, dp = call(f"{kind}_backward", [x, grad, parameter, number, zero_point], backward)
+    parameter = saved[1]
+    dx, dp = _learned_gradients(grad, *saved, kind, backward)
     return dx, cut_like(converted(dp.reshape(parameter.shape), parameter.dtype.name), parameter), None, None
 
 
 _learned_vjp.defvjp(_learned_forward, _learned_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _learned_gradients(
+    grad: jax.Array, x: Any, parameter: Any, number: Any, zero_point: Any, kind: str, spec: OpSpec
+) -> tuple[jax.Array, ...]:
+    return tuple(call(f"{kind}_backward", [x, grad, parameter, number, zero_point], spec))
+
+
+def _first_order_only(*_: Any) -> Any:
+    raise ValueError(
+        "the gradients of lsq_quantize and tqt_quantize can't be differentiated; allowed: first-order gradients"
+    )
+
+
+_learned_gradients.defvjp(_first_order_only, _first_order_only)
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6))

@@ -146,7 +146,10 @@ def _mapped(name: str, spec: OpSpec) -> Callable[..., list[jax.Array]]:
         if jax.sharding.get_abstract_mesh().manual_axes:
             # A shard already. Where some axes aren't manual XLA gathers: custom_partitioning can't be used there.
             return _kernel(name, arrays, spec)
-        on_shards = partial(_partitioned, name, spec)
+
+        def on_shards(*arrays: Any) -> list[Any]:
+            return _from_bytes(made(op, spec), _partitioned(name, spec, *_to_bytes(arrays)))
+
         types = [jax.typeof(a) for a in arrays]
         mesh = next((m for m in map(_explicit_mesh, arrays) if m is not None), None)
         if mesh is None:
@@ -267,6 +270,8 @@ def _typed(a: Any) -> Split:
 
 def _placed(a: Any, mesh: Any) -> Split:
     """The same as XLA decided. Where a part of a mesh axis cuts an axis there is no name for it: (), as if none did."""
+    if None in mesh.devices.flat:  # under jax.set_mesh, of arrays that are on one device
+        return ((),) * len(a.shape)
     try:
         windows = a.sharding.devices_indices_map(a.shape)
     except ValueError:  # shards of several lengths
@@ -296,10 +301,25 @@ def _asked(data: Sequence[Split], rank: int) -> Split:
     return tuple(split)
 
 
+def _to_bytes(arrays: Sequence[Any]) -> list[Any]:
+    """Codes of E8M0 scales as bytes: XLA moves them between devices as float32, and flushes 2^-127."""
+    e8m0 = jnp.float8_e8m0fnu
+    return [jax.lax.bitcast_convert_type(a, np.uint8) if a.dtype == e8m0 else a for a in arrays]
+
+
+def _from_bytes(kinds: str, arrays: Sequence[Any]) -> list[Any]:
+    """The same back. No scale is a byte otherwise."""
+    return [
+        jax.lax.bitcast_convert_type(a, jnp.float8_e8m0fnu) if kind == "s" and a.dtype == np.uint8 else a
+        for kind, a in zip(kinds, arrays, strict=True)
+    ]
+
+
 @partial(custom_partitioning, static_argnums=(0, 1))
 def _partitioned(name: str, spec: OpSpec, *arrays: Any) -> list[Any]:
-    """An operator that runs on each shard."""
-    return _kernel(name, arrays, spec)
+    """An operator that runs on each shard. E8M0 scales come and go as bytes."""
+    kinds = schema.given(OPS[name], spec, len(arrays))
+    return _to_bytes(_kernel(name, _from_bytes(kinds, arrays), spec))
 
 
 def _partition(name: str, spec: OpSpec, mesh: Any, arrays: Any, results: Any) -> Any:
@@ -308,7 +328,8 @@ def _partition(name: str, spec: OpSpec, mesh: Any, arrays: Any, results: Any) ->
     def on_shard(*arrays: Any) -> list[Any]:
         # The shards know no mesh (jax 0.8 can't combine them under an explicit one).
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-            return cut.run(*arrays)
+            kinds = schema.given(cut.op, spec, len(arrays))
+            return _to_bytes(cut.run(*_from_bytes(kinds, arrays)))
 
     outs, ins = ([NamedSharding(mesh, spec) for spec in specs] for specs in (cut.outs, cut.ins))
     return mesh, on_shard, outs, tuple(ins)
@@ -318,22 +339,23 @@ def _sharding_rule(name: str, spec: OpSpec, mesh: Any, arrays: Any, results: Any
     """How shardings travel through a call: what has an entry for an axis of the data is cut as that is."""
     op = OPS[name]
     kinds = schema.given(op, spec, len(arrays))
-    shapes = [tuple(a.shape) for a in arrays]
-    shape = logical_shape(op, spec, shapes)
+    shape = logical_shape(op, spec, [tuple(a.shape) for a in arrays])
 
-    def factors(kind: str, size: Shape, place: str) -> Any:
+    def factors(kind: str, a: Any, place: str) -> Any:
         # An axis of groups or of bytes shares the factor of the elements' axis, although it is shorter. (Factors of
         # factors would say it better, but partitions can't be told of the parts of mesh axes that Shardy makes then.)
-        names = [f"{place}_{d}" for d in range(len(size))]
+        # Not where all share one scale; and E8M0 scales only where any cut is even: an uneven one would be mended after
+        # they are no bytes any more.
+        is_e8m0 = kind == "s" and str(a.element_type) == "ui8"
+        names = [f"{place}_{d}" for d in range(len(a.shape))]
         shared = len(shape) if kind in rules.DATA + rules.SCALES else spec.batch
-        for d, (n, whole) in enumerate(zip(size[:shared], shape, strict=False)):
-            if n == whole or n > 1:  # not where all share one scale
+        for d, (n, whole) in enumerate(zip(a.shape[:shared], shape, strict=False)):
+            if n == whole or (n % mesh.size == 0 if is_e8m0 else n > 1):
                 names[d] = f"x{d}"
         return tuple(names)
 
-    ins = tuple(factors(kind, size, f"in{i}") for i, (kind, size) in enumerate(zip(kinds, shapes, strict=True)))
-    sizes = [tuple(a.shape) for a in results]
-    outs = tuple(factors(kind, n, f"out{i}") for i, (kind, n) in enumerate(zip(made(op, spec), sizes, strict=True)))
+    ins = tuple(factors(kind, a, f"in{i}") for i, (kind, a) in enumerate(zip(kinds, arrays, strict=True)))
+    outs = tuple(factors(kind, a, f"out{i}") for i, (kind, a) in enumerate(zip(made(op, spec), results, strict=True)))
     return SdyShardingRule(ins, outs)
 
 

@@ -35,6 +35,11 @@ class Recorded(Function):
         def record(*arguments: Any) -> Any:
             if not is_transformed():
                 return cls.apply(*arguments)  # type: ignore[no-untyped-call]
+            if torch.compiler.is_exporting():
+                raise NotImplementedError(
+                    f"{cls.of} is under torch.func while torch.export traces it, which torch has no way for; allowed: "
+                    "calls outside torch.func, and a batch as one tensor with axis="
+                )
             if torch.compiler.is_dynamo_compiling():
                 _allow_in_graph()
             specs = tuple(i for i, a in enumerate(arguments) if isinstance(a, OpSpec))

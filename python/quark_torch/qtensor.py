@@ -106,6 +106,11 @@ def _flatten(q: QTensor) -> tuple[list[Any], tuple[Any, ...]]:
     return [getattr(q, name) for name in present], (present, q.spec, q.shape, q.dtype, q.packed)
 
 
+def _flatten_with_keys(q: QTensor) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    arrays, static = _flatten(q)
+    return [(_pytree.GetAttrKey(name), a) for name, a in zip(static[0], arrays, strict=True)], static
+
+
 def _unflatten(arrays: Any, static: Any) -> QTensor:
     present, *rest = static
     parts = dict(zip(present, arrays, strict=True))
@@ -127,6 +132,7 @@ _pytree.register_pytree_node(
     QTensor,
     _flatten,
     _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
     serialized_type_name="quark_torch.QTensor",
     to_dumpable_context=_to_json,
     from_dumpable_context=_from_json,
