@@ -334,7 +334,7 @@ def test_vmap_of_the_most_axes() -> None:
 # ---- loops -----------------------------------------------------------------------------------------------------------
 
 
-@cells
+@few_cells
 def test_scan(function: Function, variant: Variant) -> None:
     call = call_of(function, variant)
     _, got = jax.lax.scan(lambda carry, arrays: (carry, call(*arrays)), 0, batch(variant, 2))
@@ -521,7 +521,7 @@ def test_shard_map(function: Function, variant: Variant) -> None:
     record(function, "shard_map")
 
 
-@cells
+@few_cells
 def test_partial_shard_map(function: Function, variant: Variant) -> None:
     check_shard_map(function, variant, {"a"})
     record(function, "partial shard_map")
