@@ -138,6 +138,10 @@ def cut(a: np.ndarray, split: rules.Split) -> Devices:
     return Devices([a[window(a.shape, split, at)] for at in devices()])
 
 
+def broadcast(a: Devices, shape: tuple[int, ...]) -> Devices:
+    return Devices([np.broadcast_to(shard, shape) for shard in a.shards])
+
+
 def combined(a: Devices, axes: Sequence[Any], function: Any) -> Devices:
     """Every shard combined with those that differ from it along these mesh axes only."""
     places = list(devices())
@@ -163,7 +167,8 @@ def sharded(name: str, spec: OpSpec, arrays: list[np.ndarray], kinds: str, asked
         parts = cut(a, rules.split_of(kind, spec, shape, split, a.shape))
         if kind == "k" and local.whole is not None:
             begins = [[s.start for s in window(shape, split, at)] for at in devices()]
-            parts = Devices([np.concatenate([a, np.array(b, np.int32)]) for b in begins])
+            places = [np.array(b[spec.batch :], np.int32) for b in begins]
+            parts = Devices([np.concatenate([a, np.broadcast_to(p, (*a.shape[:-1], p.size))], -1) for p in places])
         operands[kind].append(parts)
 
     def on_shards(name: str, arguments: Sequence[Any], spec: OpSpec) -> list[Devices]:
@@ -182,7 +187,7 @@ def sharded(name: str, spec: OpSpec, arrays: list[np.ndarray], kinds: str, asked
         params = QParams(
             **{field: operands[kind][0] for kind, field in (("g", "global_scale"), ("k", "key")) if kind in operands}
         )
-        outs = rules.staged(op, local, params, operands["x"][0], on_shards, extremes)
+        outs = rules.staged(op, local, params, operands["x"][0], on_shards, extremes, broadcast)
     else:
         outs = on_shards(name, [parts for kind in dict.fromkeys(kinds) for parts in operands[kind]], local)
     results = []
@@ -254,6 +259,19 @@ def test_shards(name: str, spec: OpSpec) -> None:
                 assert np.allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
             else:
                 assert np.array_equal(bits(a), bits(b)), f"{kind} with {split}"
+
+
+@pytest.mark.parametrize("name", ["fake_quantize_dynamic", "quantize_dynamic"])
+@pytest.mark.parametrize("scale_format", ["float32", "e4m3"])
+def test_shards_of_a_batch_of_keys(name: str, scale_format: str) -> None:
+    """Examples that share their data have scales each, as without shards."""
+    spec = op_spec(QuantSpec("fp4", PerTensor(), scale_format=scale_format, rounding="stochastic"), SHAPE)
+    spec = replace(spec, batch=1)
+    arrays = [data(SHAPE)[None], np.stack([key(seed) for seed in range(3)])]
+    want = run(name, arrays, spec)
+    for split in SPLITS:
+        for a, b in zip(want, sharded(name, spec, arrays, "xk", ((), *split)), strict=True):
+            assert np.array_equal(bits(a), bits(b)), split
 
 
 def test_fit_keeps_what_it_can() -> None:

@@ -14,23 +14,15 @@ jax = pytest.importorskip("jax")
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import quark_jax
-from quark_kernels import PRESETS, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, rules
+import test_rules
+from quark_kernels import PRESETS, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, rules
 from quark_kernels.schema import OPS, op_spec
+from test_rules import GRANULARITIES, SHAPE
+from test_rules import MESH as SIZES
 from test_transforms_jax import assert_bits, numpy
 
 P = PartitionSpec
-SIZES = {"a": 4, "b": 2}
-SHAPE = (16, 8, 64)
 SPLITS = (P("a", None, "b"), P("b", "a"), P(None, "b", "a"), P(("a", "b")), P(None, None, ("b", "a")))
-GRANULARITIES = (
-    PerTensor(),
-    PerChannel(0),
-    PerChannel(-1),
-    PerToken(),
-    PerGroup(16),
-    PerGroup(4, 1),
-    PerBlock((2, 16)),
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,16 +38,13 @@ def on_mesh(a: Any, split: PartitionSpec, kind: AxisType = AxisType.Auto) -> Any
     return jax.device_put(a, NamedSharding(mesh(kind), split))
 
 
-def data(dtype: Any = np.float32, seed: int = 0) -> np.ndarray:
-    """Numbers of every size, zeros and subnormals; a NaN and an infinity in two corners."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(SHAPE) * np.exp2(rng.integers(-9, 9, SHAPE))
-    x[rng.random(SHAPE) < 0.1] = 0
-    x[rng.random(SHAPE) < 0.05] = 1e-40
-    return x.astype(dtype)
+def data() -> np.ndarray:
+    """Numbers of every size, zeros and subnormals."""
+    return test_rules.data(SHAPE)
 
 
 def strange(x: np.ndarray) -> np.ndarray:
+    """The same with a NaN and an infinity in two corners, and a whole row of subnormals."""
     x = x.copy()
     x[0, 0, 0], x[-1, -1, -1], x[3] = np.nan, -np.inf, np.where(x[3] > 0, 1e-41, -3e-42)
     return x

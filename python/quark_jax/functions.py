@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quark_jax.primitives import alike, call, cut_like
+from quark_jax.primitives import call, cut_like, jitted
 from quark_jax.qtensor import QTensor
 from quark_kernels import documented, schema
 from quark_kernels.documented import Given, Layout, LearnPlan
@@ -650,12 +650,7 @@ def _fake_quantize_backward(spec: OpSpec, gradient: str, saved: Any, grad: jax.A
 
 
 _fake_quantize_vjp.defvjp(_fake_quantize_forward, _fake_quantize_backward)
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _fake_quantize(x: jax.Array, params: QParams, spec: OpSpec, gradient: str) -> jax.Array:
-    y: jax.Array = _fake_quantize_vjp(*alike(x, params), spec, gradient)
-    return y
+_fake_quantize = jitted(_fake_quantize_vjp, (2, 3))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -692,12 +687,7 @@ def _dequantize_backward(spec: OpSpec, saved: Any, grad: jax.Array) -> Any:
 
 
 _dequantize_vjp.defvjp(_dequantize_forward, _dequantize_backward)
-
-
-@partial(jax.jit, static_argnums=2)
-def _dequantize(q: jax.Array, params: QParams, spec: OpSpec) -> jax.Array:
-    y: jax.Array = _dequantize_vjp(*alike(q, params), spec)
-    return y
+_dequantize = jitted(_dequantize_vjp, (2,))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -775,17 +765,4 @@ def _first_order_only(*_: Any) -> Any:
 
 
 _learned_gradients.defvjp(_first_order_only, _first_order_only)
-
-
-@partial(jax.jit, static_argnums=(4, 5, 6))
-def _learned(
-    x: jax.Array,
-    parameter: jax.Array,
-    number: jax.Array,
-    zero_point: jax.Array | None,
-    kind: str,
-    forward: OpSpec,
-    backward: OpSpec,
-) -> jax.Array:
-    y: jax.Array = _learned_vjp(*alike(x, parameter, number, zero_point), kind, forward, backward)
-    return y
+_learned = jitted(_learned_vjp, (4, 5, 6))

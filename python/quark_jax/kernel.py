@@ -38,7 +38,7 @@ from quark_jax.functions import (
     scale_array,
     zero_point_array,
 )
-from quark_jax.primitives import alike, call, whole_along
+from quark_jax.primitives import call, jitted, whole_along
 from quark_kernels import documented, schema
 from quark_kernels.schema import OpSpec
 from quark_kernels.spec import one_of
@@ -77,14 +77,7 @@ def _passing_backward(op: str, spec: OpSpec, dtype: str, saved: None, grad: jax.
 
 
 _passing_vjp.defvjp(_passing_forward, _passing_backward)
-
-
-@partial(jax.jit, static_argnums=(0, 4, 5))
-def _passing_jit(
-    op: str, x: jax.Array, scale: jax.Array | None, zero_point: jax.Array | None, spec: OpSpec, dtype: str
-) -> jax.Array:
-    y: jax.Array = _passing_vjp(op, *alike(x, scale, zero_point), spec, dtype)
-    return y
+_passing_jit = jitted(_passing_vjp, (0, 4, 5))
 
 
 def _passing(op: str, x: jax.Array, scale: Any, zero_point: Any, spec: OpSpec) -> jax.Array:

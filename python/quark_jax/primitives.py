@@ -8,7 +8,7 @@ are the functions' own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from math import prod
 from typing import Any, cast
 
@@ -99,6 +99,18 @@ def alike(*values: Any) -> Any:
     """
     union = frozenset().union(*(_varying(jax.typeof(a)) for a in jax.tree.leaves(values)))
     return jax.tree.map(lambda a: _spread(a, tuple(union - _varying(jax.typeof(a)))), values)
+
+
+def jitted(f: Callable[..., Any], static_argnums: tuple[int, ...]) -> Callable[..., Any]:
+    """Return a ``custom_vjp`` function under jit, its arrays ``alike``."""
+
+    @partial(jax.jit, static_argnums=static_argnums)
+    @wraps(f)
+    def run(*arguments: Any) -> Any:
+        arrays = iter(alike(*(a for i, a in enumerate(arguments) if i not in static_argnums)))
+        return f(*(a if i in static_argnums else next(arrays) for i, a in enumerate(arguments)))
+
+    return run
 
 
 def _spread(a: Any, axes: tuple[Any, ...]) -> Any:
@@ -234,10 +246,7 @@ class _Cut:
         if rules.needs_stages(op, spec, self.shape, self.split):
             named = dict(zip(kinds, arrays, strict=True))
             params = QParams(global_scale=named.get("g"), key=named.get("k"))
-            outs = rules.staged(op, local, params, named["x"], _kernel, self._extremes)
-            # Examples that share their data have its scales each.
-            batch = logical_shape(op, local, [a.shape for a in arrays])[: spec.batch]
-            return [jnp.broadcast_to(a, (*batch, *a.shape[spec.batch :])) for a in outs]
+            return rules.staged(op, local, params, named["x"], _kernel, self._extremes, jnp.broadcast_to)
         outs = _kernel(op.name, arrays, local)
         over = rules.shared_axes(spec, self.shape, self.split)
         if op.combine is None or not over:

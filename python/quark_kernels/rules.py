@@ -16,7 +16,7 @@ from math import gcd, lcm, prod
 from typing import Any
 
 from quark_kernels import _core
-from quark_kernels.schema import PAIR_BYTE, Op, OpSpec, QParams, Shape, made, qparams
+from quark_kernels.schema import PAIR_BYTE, Op, OpSpec, QParams, Shape, logical_shape, made, qparams
 
 MeshAxis = Hashable
 Split = tuple[tuple[MeshAxis, ...], ...]
@@ -108,12 +108,8 @@ def _cuts_into_whole(n: int, unit: int | None, parts: int, even: bool) -> bool:
     return (unit == 1 and not even) or n % (unit * parts) == 0
 
 
-def units(op: Op, spec: OpSpec, shape: Shape) -> list[int | None]:
-    """Return for every axis of the data how many neighbours must stay together; None: all."""
-    return _units(op, spec, shape, same_spec=False)
-
-
 def _units(op: Op, spec: OpSpec, shape: Shape, same_spec: bool) -> list[int | None]:
+    """For every axis of the data how many neighbours must stay together; None: all."""
     example = shape[spec.batch :]
     found: list[int | None]
     if spec.block is None:
@@ -206,6 +202,7 @@ def staged(
     x: Any,
     run: Callable[[str, Sequence[Any], OpSpec], Sequence[Any]],
     extremes: Callable[[Any, OpSpec], Any],
+    broadcast: Callable[[Any, Shape], Any],
 ) -> list[Any]:
     """Compute a dynamic operator on shards in steps: the groups' extremes, their maximum over shards, scales, codes.
 
@@ -213,12 +210,13 @@ def staged(
 
     Args:
         op: ``choose_qparams``, ``quantize_dynamic`` or ``fake_quantize_dynamic``.
-        spec: the whole array's spec; the last step is called with it.
+        spec: a shard's; the last step is called with it.
         params: what the call was given: a key, a tensor's scale.
         x: the data.
         run: calls an operator on shards, with an entry for every letter of its row (None: there is none).
         extremes: calls ``extremes`` and combines the result over the mesh axes that cut the spec's groups; returns it
             as float32.
+        broadcast: the framework's ``broadcast_to``.
 
     """
     chooser = spec.choosing()
@@ -232,7 +230,10 @@ def staged(
     if op.name != "choose_qparams":
         (first,) = run(op.name.removesuffix("_dynamic"), [x, *found], spec)
         outs[op.outs[0]] = first
-    return [outs[kind] for kind in made(op, spec)]
+    # Examples that share their data, but not their keys, have scales each.
+    given = [tuple(a.shape) for a in (x, params.global_scale, params.key) if a is not None]
+    batch = logical_shape(op, spec, given)[: spec.batch]
+    return [broadcast(outs[kind], (*batch, *outs[kind].shape[spec.batch :])) for kind in made(op, spec)]
 
 
 def _chosen(x: Any, spec: OpSpec, whole: Any, run: Callable[..., Any], extremes: Callable[..., Any]) -> QParams:

@@ -171,7 +171,7 @@ def _run(op: Op, kinds: str, overload: Any, operands: list[DTensor], mesh: Devic
             torch.empty(0 if out.shape else (), dtype=getattr(torch, out.dtype), device=shards[0].device)
             for out in plan.outputs
         ]
-    if "k" in kinds and plan.spec.whole is not None and any(plan.split):
+    if "k" in kinds and rules.example_axes(plan.spec, plan.split):
         i = kinds.index("k")
         begins = torch.tensor(_begins(plan, at, mesh), dtype=torch.int32, device=shards[i].device)
         shards[i] = torch.cat([shards[i], begins.expand(*shards[i].shape[:-1], -1)], -1)
@@ -187,7 +187,11 @@ def _run(op: Op, kinds: str, overload: Any, operands: list[DTensor], mesh: Devic
 
     named = dict(zip(kinds, shards, strict=True))
     params = QParams(global_scale=named.get("g"), key=named.get("k"))
-    return rules.staged(op, plan.spec, params, named["x"], _call, extremes)
+    return rules.staged(op, plan.spec, params, named["x"], _call, extremes, _broadcast)
+
+
+def _broadcast(t: torch.Tensor, shape: Shape) -> torch.Tensor:
+    return t.expand(shape).contiguous()
 
 
 def _call(name: str, tensors: Sequence[torch.Tensor | None], spec: OpSpec) -> list[Any]:

@@ -709,6 +709,7 @@ def learn_keep(
     zero_point: torch.Tensor | None,
     kind: str,
     backward: OpSpec,
+    *rest: Any,
 ) -> None:
     """Keep what ``learn_backward`` needs. ``value`` and the zero point are in the core's layout."""
     ctx.kind, ctx.spec = kind, backward
@@ -772,25 +773,12 @@ def _learned(
     plan: LearnPlan,
 ) -> torch.Tensor:
     p, z = arrange(value, plan.scale), arrange(zero_point, plan.zero_point)
-    return _Learned.record(x, parameter, p, number, z, kind, plan.forward, plan.backward)
+    return _Learned.record(x, parameter, p, number, z, kind, plan.backward, plan.forward)
 
 
 class _Learned(Recorded):
     of = "lsq_quantize or tqt_quantize"
-
-    @staticmethod
-    def keep(
-        ctx: Any,
-        x: torch.Tensor,
-        parameter: Any,
-        value: torch.Tensor,
-        number: torch.Tensor,
-        zero_point: torch.Tensor | None,
-        kind: str,
-        forward: OpSpec,
-        backward: OpSpec,
-    ) -> None:
-        learn_keep(ctx, x, parameter, value, number, zero_point, kind, backward)
+    keep = staticmethod(learn_keep)
 
     @staticmethod
     def forward(
@@ -801,8 +789,8 @@ class _Learned(Recorded):
         number: torch.Tensor,
         zero_point: torch.Tensor | None,
         kind: str,
-        forward: OpSpec,
         backward: OpSpec,
+        forward: OpSpec,
     ) -> torch.Tensor:
         learn_keep(ctx, x, parameter, value, number, zero_point, kind, backward)
         return learn_forward(x, value, number, zero_point, kind, forward)

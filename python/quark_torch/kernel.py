@@ -78,6 +78,10 @@ def _keep_dtype(ctx: Any, inputs: torch.Tensor, *rest: Any) -> None:
     ctx.dtype = inputs.dtype
 
 
+def _keep_second_dtype(ctx: Any, quant_dtype: str, inputs: torch.Tensor, *rest: Any) -> None:
+    ctx.dtype = inputs.dtype
+
+
 def _quant_fp8(inputs: torch.Tensor, scale: Any, quant_dtype: str) -> torch.Tensor:
     check_data("inputs", inputs)
     s = one(inputs) if scale is None else number_tensor("scale", scale, inputs)
@@ -257,11 +261,7 @@ class ScaledRealQuantizeFunction(Recorded):
     """See ``scaled_real_quantize``."""
 
     of = "scaled_real_quantize"
-
-    @staticmethod
-    def keep(ctx: Any, quant_dtype: str, inputs: torch.Tensor, *rest: Any) -> None:
-        """Keep the dtype."""
-        ctx.dtype = inputs.dtype
+    keep = staticmethod(_keep_second_dtype)
 
     @staticmethod
     def forward(
@@ -293,11 +293,7 @@ class DeQuantizeFunction(Recorded):
     """See ``dequantize``."""
 
     of = "dequantize"
-
-    @staticmethod
-    def keep(ctx: Any, quant_dtype: str, inputs: torch.Tensor, *rest: Any) -> None:
-        """Keep the dtype."""
-        ctx.dtype = inputs.dtype
+    keep = staticmethod(_keep_second_dtype)
 
     @staticmethod
     def forward(
@@ -460,7 +456,7 @@ class NonScaledRealQuantizeFunction(Recorded):
         """Compute ``non_scaled_real_quantize(...)``."""
         x = check_data("input_tensor", input_tensor)
         NonScaledRealQuantizeFunction.keep(ctx, x, quant_dtype, mx_element_dtype, axis, block_size)
-        plan = documented.slot_plan(quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
+        plan = ctx.plan
         blocks = x.reshape(plan.split)
         scale = call("choose_qparams", [blocks], plan.spec)
         values = call("quantize_values", [blocks, scale], plan.spec)
