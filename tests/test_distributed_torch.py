@@ -421,6 +421,18 @@ def _() -> None:
         )
 
 
+@case(2, "batches of shared data")
+def _() -> None:
+    """Examples with one data and a key each have scales each, as on one device."""
+    x, key = tensor(data((1, 4, 32))), tensor(np.arange(6, dtype=np.int32).reshape(3, 2))
+    one = replace(op_spec(RANDOM, (4, 32)), batch=1)
+    want = quark_torch.ops.call("fake_quantize_dynamic", [x, key], one)
+    for text in "12r":
+        got = quark_torch.ops.call("fake_quantize_dynamic", [placed(x, mesh_of(2), text), key], one)
+        for a, b in zip(got, want, strict=True):
+            expect_same(whole(a), b, f"shared data {text}")
+
+
 @case(2, "out")
 def _() -> None:
     """A result is written where a DTensor's shards are."""
