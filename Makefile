@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 FRAMEWORKS ?= torch jax
+# A process of tests per core: most of a test is compiling, on one.
+PARALLEL ?= --numprocesses auto --dist worksteal
 SOURCES := $(shell git ls-files cpp python CMakeLists.txt pyproject.toml)
 CPP := $(shell git ls-files 'cpp/*.h' 'cpp/*.cpp' 'cpp/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp')
 PY := python tests benchmarks scripts interop_examples
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed
 test: test-cpp test-python
 
 test-python: $(VENV)/.installed $(VENV)/.test-tools
-	QUARK_TRANSFORMS_JSON=$(VENV)/transforms.json $(BIN)/python -m pytest
+	QUARK_TRANSFORMS_JSON=$(VENV)/transforms.json $(BIN)/python -m pytest $(PARALLEL)
 
 # What torchao and compressed-tensors make of the same numbers.
 test-peers: $(VENV)/.installed $(VENV)/.test-tools

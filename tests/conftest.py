@@ -48,8 +48,16 @@ def jax_frontend() -> Any:
     return make("jax")
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write what the transform tests found, for the tables in the documentation."""
-    if path := os.environ.get("QUARK_TRANSFORMS_JSON"):
-        rows = [[*cell, outcome] for cell, outcome in sorted(transforms.RESULTS.items())]
-        Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+    rows = [[*cell, outcome] for cell, outcome in transforms.RESULTS.items()]
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist: its process tells the one that writes
+        session.config.workeroutput["transforms"] = rows
+    elif path := os.environ.get("QUARK_TRANSFORMS_JSON"):
+        Path(path).write_text(json.dumps(sorted(rows), indent=1) + "\n")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for *cell, outcome in getattr(node, "workeroutput", {}).get("transforms", []):
+        transforms.RESULTS[tuple(cell)] = outcome

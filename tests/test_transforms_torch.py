@@ -571,9 +571,7 @@ class Everything(torch.utils.data.Dataset):
         return [bits(y) for y in backward_of(call, variant)(g, *arrays)]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_dataloader_workers(start: str) -> None:
+def check_workers(start: str) -> None:
     quark_torch.fake_quantize(torch.randn(1024, 1024), "int8")  # threads, before workers are forked
     everything = Everything()
     loader = torch.utils.data.DataLoader(
@@ -581,7 +579,15 @@ def test_dataloader_workers(start: str) -> None:
     )
     for i, item in enumerate(loader):
         assert all(np.array_equal(a, b) for a, b in zip(item, everything[i], strict=True))
-        record(CELLS[i][0], "DataLoader workers")
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_dataloader_workers(start: str) -> None:
+    """In a process of its own: one in which JAX has run can't be forked."""
+    script = f"import test_transforms_torch as t; t.check_workers({start!r})"
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=True)
+    for function, _ in CELLS:
+        record(function, "DataLoader workers")
 
 
 def test_threads() -> None:
