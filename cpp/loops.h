@@ -9,21 +9,11 @@
 #include <cstring>
 #include <optional>
 
-#include "numerics.h"
 #include "parallel.h"
-
-#if defined(__clang__)
-#define QUARK_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define QUARK_VECTORIZE _Pragma("GCC ivdep")
-#endif
+#include "simd.h"
 
 namespace quark::QUARK_LEVEL {
 namespace {
-
-/// Elements of a tile: four float32 buffers of it fit in half of a 32 KiB cache. Also the unit that threads share, so a
-/// packed byte never has two writers (the codes of a tile are whole bytes for every width).
-inline constexpr int64_t kTile = 1024;
 
 QUARK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -113,79 +103,6 @@ inline Walk scale_walk(const TensorView& scale, const int64_t* shape, const Quan
 
 // ---- tiles --------------------------------------------------------------------------------------------------------
 
-template <class T>
-struct Stored {
-  T raw;
-};
-struct BFloat16Bits {
-  uint16_t raw;
-};
-struct Float16Bits {
-  uint16_t raw;
-};
-
-QUARK_INLINE float widen(BFloat16Bits h) { return from_bfloat16(h.raw); }
-QUARK_INLINE float widen(Float16Bits h) { return from_float16(h.raw); }
-template <class T>
-QUARK_INLINE float widen(Stored<T> v) {
-  return float(v.raw);
-}
-QUARK_INLINE void narrow(float x, BFloat16Bits& out) { out.raw = to_bfloat16(x); }
-QUARK_INLINE void narrow(float x, Float16Bits& out) { out.raw = to_float16(x); }
-QUARK_INLINE void narrow(float x, Stored<float>& out) { out.raw = x; }
-QUARK_INLINE void narrow(float x, Stored<double>& out) { out.raw = double(x); }
-template <class T>
-QUARK_INLINE void narrow(float x, Stored<T>& out) {
-  out.raw = T(int32_t(x));  // integers: x is one, and in range
-}
-
-/// Calls f with a null pointer of the type that stores `dtype`. fp8 dtypes are bytes here: codes, not values.
-template <class F>
-QUARK_INLINE void with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::float32: return f(static_cast<Stored<float>*>(nullptr));
-    case DType::float64: return f(static_cast<Stored<double>*>(nullptr));
-    case DType::float16: return f(static_cast<Float16Bits*>(nullptr));
-    case DType::bfloat16: return f(static_cast<BFloat16Bits*>(nullptr));
-    case DType::int8: return f(static_cast<Stored<int8_t>*>(nullptr));
-    case DType::int16: return f(static_cast<Stored<int16_t>*>(nullptr));
-    case DType::uint16: return f(static_cast<Stored<uint16_t>*>(nullptr));
-    case DType::int32: return f(static_cast<Stored<int32_t>*>(nullptr));
-    case DType::int64: return f(static_cast<Stored<int64_t>*>(nullptr));
-    case DType::uint8:
-    case DType::float8_e4m3fn:
-    case DType::float8_e5m2:
-    case DType::float8_e4m3fnuz:
-    case DType::float8_e5m2fnuz:
-    case DType::float8_e8m0fnu: return f(static_cast<Stored<uint8_t>*>(nullptr));
-  }
-}
-
-/// One contiguous or strided run, widened.
-template <class T>
-inline void load_run(const T* from, int64_t stride, float* to, int64_t n) {
-  if (stride == 1) {
-    QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
-  } else if (stride == 0) {
-    const float x = widen(*from);
-    QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) to[i] = x;
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i * stride]);
-  }
-}
-
-template <class T>
-inline void store_run(const float* from, T* to, int64_t stride, int64_t n) {
-  if (stride == 1) {
-    QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i * stride]);
-  }
-}
-
 /// A tensor read or written tile by tile as float32.
 struct Data {
   TensorView view;
@@ -194,10 +111,20 @@ struct Data {
   explicit Data(const TensorView& t) : view(t), walk(walk_of(t)) {}
   Data(const TensorView& t, const Walk& w) : view(t), walk(w) {}
 
+  QUARK_INLINE bool is_whole() const {
+    return walk.rank == 0 || (walk.rank == 1 && walk.stride[0] == 1 && walk.block[0] == 1);
+  }
+  int64_t bytes() const { return view.elements() * bytes_of(view.dtype); }
+
   /// The elements themselves where they are float32 in one piece, else nullptr.
   QUARK_INLINE float* direct(int64_t begin) const {
-    const bool whole = walk.rank == 0 || (walk.rank == 1 && walk.stride[0] == 1 && walk.block[0] == 1);
-    return whole && view.dtype == DType::float32 ? static_cast<float*>(view.data) + begin : nullptr;
+    return is_whole() && view.dtype == DType::float32 ? static_cast<float*>(view.data) + begin : nullptr;
+  }
+
+  /// The elements themselves where they are 16-bit floats in one piece, else nullptr.
+  QUARK_INLINE const void* words(int64_t begin) const {
+    const bool is_word = view.dtype == DType::float16 || view.dtype == DType::bfloat16;
+    return is_word && is_whole() ? static_cast<const uint16_t*>(view.data) + begin : nullptr;
   }
 
   QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
@@ -211,16 +138,16 @@ struct Data {
   }
 
   /// Where to write a tile; `store` then moves it to the tensor.
-  QUARK_INLINE float* target(int64_t begin, float* buffer) const {
-    float* here = direct(begin);
+  QUARK_INLINE float* target(int64_t begin, float* buffer, bool stream = false) const {
+    float* here = stream ? nullptr : direct(begin);
     return here ? here : buffer;
   }
 
-  QUARK_INLINE void store(int64_t begin, int64_t count, const float* values) const {
+  QUARK_INLINE void store(int64_t begin, int64_t count, const float* values, bool stream = false) const {
     if (direct(begin) == values) return;
     with_type(view.dtype, [&]<class T>(T*) {
       walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
-        store_run(values + position, static_cast<T*>(view.data) + offset, stride, n);
+        store_run(values + position, static_cast<T*>(view.data) + offset, stride, n, stream);
       });
     });
   }
@@ -236,12 +163,21 @@ inline float limit_of(DType dtype, const QuantSpec& spec) {
 
 // ---- scales -------------------------------------------------------------------------------------------------------
 
-/// The scales and zero points of one tile.
+/// The scales and zero points of one tile: an entry for every `step` neighbours.
 struct TileScales {
   const float* s;
   const float* z;
-  bool uniform;  ///< one entry serves the whole tile
+  int64_t step;  ///< kTile: one entry serves the whole tile; kStep; or 1
 };
+
+/// The neighbours that loops over groups take together.
+inline constexpr int64_t kStep = 16;
+
+/// An entry for every element, from one for every kStep.
+QUARK_INLINE void expand_steps(const float* steps, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += kStep)
+    for (int64_t j = 0; j < kStep; ++j) to[i + j] = steps[i / kStep];
+}
 
 /// What a call knows of its scales: the tensors of ops.inc's letters s, g, p and z; absent ones are null.
 struct ScaleTensors {
@@ -266,6 +202,7 @@ class ScaleReader {
         is_number_(bytes_of(scale.dtype) > 1) {}
 
   const Walk& walk() const { return data_.walk; }
+  Walk& walk() { return data_.walk; }
 
   /// Entries [begin, begin + count) of the walk.
   QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
@@ -297,6 +234,41 @@ class ScaleReader {
   bool is_number_;
 };
 
+/// Entries for every kStep neighbours, where groups along the last axis are whole numbers of these. Reader: Data or
+/// ScaleReader.
+template <class Reader>
+struct StepReader {
+  Reader groups;  ///< its walk: an entry for every group
+  bool found = true;
+  int64_t group = 0;  ///< elements; 0: one entry for all
+
+  explicit StepReader(const Reader& elements) : groups(elements) {
+    Walk& w = walk_of_reader(groups);
+    if (w.rank == 0) return;
+    group = w.size[w.rank - 1];
+    found = w.stride[w.rank - 1] == 0 && group % kStep == 0;
+    --w.rank;
+  }
+
+  /// The `n` entries from the element `begin` on, which is the first of its step.
+  QUARK_INLINE const float* load(int64_t begin, int64_t n, float* to) const {
+    float buffer[kTile / kStep + 1];
+    const int64_t first = group == 0 ? 0 : begin / group;
+    const int64_t count = group == 0 ? 1 : (begin + n * kStep - 1) / group - first + 1;
+    const float* entry = groups.load(first, count, buffer);
+    int64_t left = group == 0 ? n : (group - begin % group) / kStep;
+    for (int64_t i = 0; i < n; ++i, --left) {
+      if (left == 0) ++entry, left = group / kStep;
+      to[i] = *entry;
+    }
+    return to;
+  }
+
+ private:
+  static Walk& walk_of_reader(Data& data) { return data.walk; }
+  static Walk& walk_of_reader(ScaleReader& scales) { return scales.walk(); }
+};
+
 /// The walk of pair bits over the elements that they belong to; they have the data's axes, the block's one shorter.
 inline Walk pair_walk(const TensorView& bits, const int64_t* shape, int axis) {
   Walk w;
@@ -309,6 +281,8 @@ class Scales {
   Scales(const ScaleTensors& tensors, const int64_t* shape, const QuantSpec& spec)
       : scale_(*tensors.scale, scale_walk(*tensors.scale, shape, spec), tensors.tensor_scale, spec),
         zero_(zero_or_scale(tensors), scale_walk(zero_or_scale(tensors), shape, spec)),
+        scale_steps_(scale_),
+        zero_steps_(zero_),
         has_zero_(tensors.zero_point != nullptr) {
     if (!tensors.pair_bits) return;
     const int axis = spec.block_axis();
@@ -322,14 +296,12 @@ class Scales {
 
   /// Fills the tile's entries into the buffers.
   QUARK_INLINE TileScales load(int64_t begin, int64_t count, float* s, float* z) const {
-    const bool uniform =
-        !pair_bits_ && is_uniform(scale_.walk(), begin, count) && (!has_zero_ || is_uniform(zero_.walk, begin, count));
-    const int64_t n = uniform ? 1 : count;
-    const float* scales = scale_.load(begin, n, s);
+    const int64_t step = step_of(begin, count), n = step == kTile ? 1 : count / step;
+    const float* scales = step == kStep ? scale_steps_.load(begin, n, s) : scale_.load(begin, n, s);
     if (pair_bits_) scales = halve_pairs(begin, count, scales, s);
-    if (has_zero_) return {scales, zero_.load(begin, n, z), uniform};
+    if (has_zero_) return {scales, step == kStep ? zero_steps_.load(begin, n, z) : zero_.load(begin, n, z), step};
     for (int64_t i = 0; i < n; ++i) z[i] = 0.0f;
-    return {scales, z, uniform};
+    return {scales, z, step};
   }
 
  private:
@@ -342,6 +314,13 @@ class Scales {
     if (index + count > walk.size[last]) return false;
     const int64_t b = walk.block[last];
     return b == 1 ? walk.stride[last] == 0 : index / b == (index + count - 1) / b;
+  }
+
+  QUARK_INLINE int64_t step_of(int64_t begin, int64_t count) const {
+    if (pair_bits_) return 1;
+    if (is_uniform(scale_.walk(), begin, count) && (!has_zero_ || is_uniform(zero_.walk, begin, count))) return kTile;
+    const bool has_steps = scale_steps_.found && (!has_zero_ || zero_steps_.found);
+    return has_steps && begin % kStep == 0 && count % kStep == 0 ? kStep : 1;
   }
 
   /// Halves the scales of the pairs whose bit is set.
@@ -359,6 +338,8 @@ class Scales {
 
   ScaleReader scale_;
   Data zero_;
+  StepReader<ScaleReader> scale_steps_;
+  StepReader<Data> zero_steps_;
   bool has_zero_;
   Walk pairs_;
   const uint8_t* pair_bits_ = nullptr;
@@ -399,15 +380,7 @@ class Random {
   QUARK_INLINE const uint32_t* load_run(int64_t begin, int64_t count, uint32_t* buffer) const {
     const auto first = uint64_t(begin / 4);
     const int64_t skip = begin % 4, blocks = (skip + count + 3) / 4;
-    const uint64_t key = key_;
-    QUARK_VECTORIZE
-    for (int64_t i = 0; i < blocks; ++i) {
-      const RandomWords r = philox(first + uint64_t(i), key);
-      buffer[4 * i] = r.word[0];
-      buffer[4 * i + 1] = r.word[1];
-      buffer[4 * i + 2] = r.word[2];
-      buffer[4 * i + 3] = r.word[3];
-    }
+    random_words(first, blocks, key_, buffer);
     return buffer + skip;
   }
 
@@ -478,17 +451,23 @@ void tile_loop(const float* x, const float* other, const uint32_t* random, float
                const TileScales& scales, float limit, const Grid& grid) {
   constexpr bool kIsRandom = R == Rounding::stochastic;
   const Grid g = grid;  // a copy that no store can alias
-  if (scales.uniform) {
+  if (scales.step == kTile) {
     const float s = scales.s[0], z = scales.z[0];
     QUARK_VECTORIZE
     for (int64_t i = 0; i < n; ++i)
       out[i] = Body::template apply<A, R>(x[i], other[i], s, z, limit, kIsRandom ? random[i] : 0u, g);
-  } else {
-    const float *s = scales.s, *z = scales.z;
-    QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = Body::template apply<A, R>(x[i], other[i], s[i], z[i], limit, kIsRandom ? random[i] : 0u, g);
+    return;
   }
+  const float *s = scales.s, *z = scales.z;
+  alignas(64) float all_s[kTile], all_z[kTile];
+  if (scales.step == kStep) {
+    expand_steps(s, n, all_s);
+    expand_steps(z, n, all_z);
+    s = all_s, z = all_z;
+  }
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = Body::template apply<A, R>(x[i], other[i], s[i], z[i], limit, kIsRandom ? random[i] : 0u, g);
 }
 
 /// The loop for a rounding. The orders of the documented functions don't go with stochastic rounding.
@@ -530,44 +509,89 @@ TileLoop tile_loop_for(const QuantSpec& spec, DType data, bool has_zero_point) {
   return tile_loop_for<Body, Arithmetic::integer>(spec.rounding);
 }
 
-// ---- codes --------------------------------------------------------------------------------------------------------
+// ---- loops for ordinary scales ------------------------------------------------------------------------------------
 
-/// Code i is bits [bits * i, bits * i + bits) of a little-endian bit stream; the last byte is filled with zero bits.
-inline void pack_codes(const uint8_t* codes, int64_t n, uint32_t bits, uint8_t* bytes) {
-  const uint32_t mask = (1u << bits) - 1u;
-  if (bits == 4) {
-    QUARK_VECTORIZE
-    for (int64_t i = 0; i < n / 2; ++i) bytes[i] = uint8_t((codes[2 * i] & 15u) | codes[2 * i + 1] << 4);
-    if (n % 2) bytes[n / 2] = codes[n - 1] & 15u;
-    return;
+/// Whether all scales of a tile are ordinary: the extreme ones are, in the order of bits, where NaN and negative
+/// numbers come last.
+inline bool are_ordinary(const TileScales& scales, int64_t n, float largest, float limit) {
+  const float *s = scales.s, *z = scales.z;
+  const int64_t entries = scales.step == kTile ? 1 : n / scales.step;
+  uint32_t least = ~0u, most = 0, zeros = 0;
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < entries; ++i) {
+    const uint32_t u = bits_of(s[i]);
+    least = u < least ? u : least;
+    most = u > most ? u : most;
+    zeros |= bits_of(z[i]) & ~kSign;
   }
-  uint32_t stream = 0, filled = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    stream |= (codes[i] & mask) << filled;
-    for (filled += bits; filled >= 8; filled -= 8, stream >>= 8) *bytes++ = uint8_t(stream);
-  }
-  if (filled > 0) *bytes = uint8_t(stream);
+  if (!is_ordinary(float_of(least), 0.0f, largest, limit)) return false;
+  if (zeros == 0) return is_ordinary(float_of(most), 0.0f, largest, limit);
+  uint32_t others = 0;
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < entries; ++i) others |= is_ordinary(float_of(most), z[i], largest, limit) ? 0u : 1u;
+  return others == 0;
 }
 
-inline void unpack_codes(const uint8_t* bytes, int64_t n, uint32_t bits, uint8_t* codes) {
-  const uint32_t mask = (1u << bits) - 1u;
-  if (bits == 4) {
+/// OrdinaryScales for every kStep elements of a tile.
+struct OrdinarySteps {
+  static constexpr int64_t kCount = kTile / kStep;
+  alignas(64) float s[kCount], z[kCount], inverse[kCount], lo[kCount], hi[kCount];
+
+  OrdinarySteps(const TileScales& scales, int64_t n, const Grid& g) {
     QUARK_VECTORIZE
-    for (int64_t i = 0; i < n / 2; ++i) {
-      codes[2 * i] = bytes[i] & 15u;
-      codes[2 * i + 1] = uint8_t(bytes[i] >> 4);
+    for (int64_t i = 0; i < n; ++i) {
+      const OrdinaryScale k = ordinary_scale(scales.s[i], scales.z[i], g);
+      s[i] = k.s, z[i] = k.z, inverse[i] = k.inverse, lo[i] = k.lo, hi[i] = k.hi;
     }
-    if (n % 2) codes[n - 1] = bytes[n / 2] & 15u;
-    return;
   }
-  uint32_t stream = 0, filled = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    for (; filled < bits; filled += 8) stream |= uint32_t(*bytes++) << filled;
-    codes[i] = uint8_t(stream & mask);
-    stream >>= bits;
-    filled -= bits;
+  OrdinaryScale at(int64_t i) const { return {s[i], z[i], inverse[i], lo[i], hi[i]}; }
+};
+
+using OrdinaryLoop = void (*)(const float* x, float* out, int64_t n, const TileScales&, const Grid&);
+
+/// tile_loop where all scales are ordinary.
+template <class Body, bool kIsInteger>
+void ordinary_loop(const float* x, float* out, int64_t n, const TileScales& scales, const Grid& grid) {
+  const Grid g = grid;
+  if (scales.step == kTile) {
+    const OrdinaryScale k = ordinary_scale(scales.s[0], scales.z[0], g);
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<kIsInteger>(x[i], k, g);
+  } else if (scales.step == kStep) {
+    const OrdinarySteps steps(scales, n / kStep, g);
+    for (int64_t i = 0; i < n; i += kStep) {
+      const OrdinaryScale k = steps.at(i / kStep);
+      QUARK_VECTORIZE
+      for (int64_t j = i; j < i + kStep; ++j) out[j] = Body::template apply<kIsInteger>(x[j], k, g);
+    }
+  } else {
+    const float *s = scales.s, *z = scales.z;
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<kIsInteger>(x[i], ordinary_scale(s[i], z[i], g), g);
   }
 }
+
+template <class Body>
+OrdinaryLoop ordinary_loop_for(const QuantSpec& spec) {
+  return spec.format.is_integer() ? ordinary_loop<Body, true> : ordinary_loop<Body, false>;
+}
+
+/// The loop for ordinary scales, or nullptr where a spec or what it is for (`is_to_codes`: quantization) has none.
+template <class Body>
+OrdinaryLoop ordinary_loop_for(const QuantSpec& spec, DType data, bool is_to_codes) {
+  if (spec.format.is_cast()) return nullptr;
+  if constexpr (std::is_same_v<Body, DequantizeBody>) return ordinary_loop_for<DequantizeOrdinary>(spec);
+  const bool is_narrow = spec.narrow && (data == DType::float16 || data == DType::bfloat16);
+  const bool is_finite_only = spec.shares_exponent() && spec.ieee;
+  if (spec.rounding != Rounding::half_even || spec.reciprocal || spec.shifted || is_narrow || is_finite_only)
+    return nullptr;
+  if constexpr (std::is_same_v<Body, FakeQuantizeBody>) return ordinary_loop_for<FakeQuantizeOrdinary>(spec);
+  if constexpr (std::is_same_v<Body, QuantizeBody>)
+    if (is_to_codes) return ordinary_loop_for<QuantizeOrdinary>(spec);
+  return nullptr;
+}
+
+// ---- codes --------------------------------------------------------------------------------------------------------
 
 /// The codes of a logical array, one apiece or packed along the last axis, read and written as the floats that
 /// quantize_value makes.
@@ -585,22 +609,17 @@ class Codes {
         row_(row_length),
         row_bytes_((row_length * bits_ + 7) / 8) {}
 
-  QUARK_INLINE float* target(int64_t, float* buffer) const { return buffer; }
+  QUARK_INLINE float* target(int64_t, float* buffer, bool = false) const { return buffer; }
 
-  QUARK_INLINE void store(int64_t begin, int64_t count, const float* y) const {
-    if (numbers_) return data_.store(begin, count, y);
+  QUARK_INLINE void store(int64_t begin, int64_t count, const float* y, bool stream = false) const {
+    if (numbers_) return data_.store(begin, count, y, stream);
     alignas(64) uint8_t codes[kTile];
     if (fixed_point_) {
-      const float per_step = 1.0f / step_;
-      QUARK_VECTORIZE
-      for (int64_t i = 0; i < count; ++i) codes[i] = uint8_t(int32_t(y[i] * per_step));
+      encode_fixed(y, codes, count, 1.0f / step_);
     } else {
-      const Grid g = grid_;
-      const uint32_t bits = bits_;
-      QUARK_VECTORIZE
-      for (int64_t i = 0; i < count; ++i) codes[i] = uint8_t(encode(y[i], g, bits));
+      encode_all(y, codes, count, grid_, bits_);
     }
-    store_bytes(begin, count, codes);
+    store_bytes(begin, count, codes, stream);
   }
 
   QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
@@ -608,26 +627,29 @@ class Codes {
     alignas(64) uint8_t codes[kTile];
     load_bytes(begin, count, codes);
     if (fixed_point_) {
-      const uint32_t top = signed_ ? 1u << (bits_ - 1) : 0u;  // of two's complement
-      const uint32_t mask = signed_ ? (top << 1) - 1u : 0xffu;
-      const float step = step_;
-      QUARK_VECTORIZE
-      for (int64_t i = 0; i < count; ++i) buffer[i] = float(int32_t((codes[i] & mask) ^ top) - int32_t(top)) * step;
+      decode_fixed(codes, buffer, count, bits_, signed_, step_);
     } else {
-      const Grid g = grid_;
-      const uint32_t bits = bits_;
-      QUARK_VECTORIZE
-      for (int64_t i = 0; i < count; ++i) buffer[i] = decode(codes[i], g, bits);
+      decode_all(codes, buffer, count, grid_, bits_);
     }
     return buffer;
+  }
+
+  int64_t bytes() const { return data_.bytes(); }
+
+  /// The largest magnitude that a code can have.
+  float largest() const {
+    if (!fixed_point_) return grid_.hi;
+    return packed_ ? float(1u << bits_) * step_
+                   : float_of(uint32_t(127 + 8 * bytes_of(data_.view.dtype)) << 23) * step_;
   }
 
   /// How far before this element packed codes must be read from: back to the start of a byte.
   QUARK_INLINE int64_t lead(int64_t begin) const { return packed_ ? begin % row_ % 8 : 0; }
 
  private:
-  QUARK_INLINE void store_bytes(int64_t begin, int64_t count, const uint8_t* codes) const {
-    alignas(64) uint8_t packed[kTile];
+  /// Codes, one a byte; bits above their width don't matter where they are packed.
+  QUARK_INLINE void store_bytes(int64_t begin, int64_t count, const uint8_t* codes, bool stream) const {
+    alignas(64) uint8_t packed[kTile + kPackingSlack];
     const uint8_t* bytes = codes;
     if (packed_) {
       pack_codes(codes, count, bits_, packed);
@@ -637,15 +659,16 @@ class Codes {
     auto* to = static_cast<uint8_t*>(data_.view.data);
     data_.walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
       if (stride == 1) {
-        __builtin_memcpy(to + offset, bytes + position, size_t(n));
+        copy_bytes(to + offset, bytes + position, n, stream);
       } else {
         for (int64_t i = 0; i < n; ++i) to[offset + i * stride] = bytes[position + i];
       }
     });
   }
 
+  /// The reverse. `codes` has room for whole words.
   QUARK_INLINE void load_bytes(int64_t begin, int64_t count, uint8_t* codes) const {
-    alignas(64) uint8_t packed[kTile];
+    alignas(64) uint8_t packed[kTile + kPackingSlack];
     const int64_t wanted = count;
     uint8_t* bytes = packed_ ? packed : codes;
     if (packed_) to_bytes(begin, count);
@@ -706,6 +729,7 @@ void for_each_tile(Executor& executor, const Tiling& tiling, const F& f) {
       [](void* context, int64_t first, int64_t last) {
         const Task& t = *static_cast<const Task*>(context);
         for (int64_t tile = first; tile < last; ++tile) t.f(t.tiling.begin(tile), t.tiling.size(tile));
+        stream_fence();
       },
       &task);
 }

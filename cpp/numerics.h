@@ -71,7 +71,7 @@ QUARK_INLINE float from_float16(uint16_t h) {
   const uint32_t m = h & 0x7fffu;
   const uint32_t normal = (m << 13) + (112u << 23);
   const uint32_t subnormal = bits_of(float(int32_t(m)) * 0x1p-24f);
-  const uint32_t special = kInfinity | (m << 13);
+  const uint32_t special = kInfinity | (m << 13) | (m > 0x7c00u ? 0x00400000u : 0u);  // NaN is quiet, as by F16C
   const uint32_t u = m >= 0x7c00u ? special : m < 0x0400u ? subnormal : normal;
   return float_of(u | uint32_t(h & 0x8000u) << 16);
 }
@@ -96,6 +96,7 @@ struct Grid {
   float plus_zero;         ///< added to a result: +0 turns -0 into +0, where the format has no -0; -0 changes nothing
   uint32_t nan, nan_sign;  ///< quantized NaN: these bits, with the input's sign where nan_sign is kSign
   uint32_t nan_code;       ///< the code written for NaN, but for the sign
+  uint32_t kept_nan;       ///< mask of a NaN's bits: nothing where the format has none, which makes it 0
   uint32_t nan_from, inf_at;  ///< read: magnitude codes that are NaN (from here up), and infinity
   // Scales:
   float top;               ///< where the largest magnitude of a group lands
@@ -130,6 +131,7 @@ QUARK_INLINE Grid make_grid(const QuantSpec& spec, DType data = DType::float32) 
   g.nan = has_nan || spec.ieee ? kNaN : 0;
   g.nan_sign = has_nan && f.specials != Specials::fnuz ? kSign : 0;
   g.nan_code = f.specials == Specials::fnuz ? top + 1 : top;
+  g.kept_nan = g.nan ? ~0u : 0u;
   g.nan_from = g.inf_at = kNever;
   if (f.specials == Specials::nan) g.nan_from = top;
   if (f.specials == Specials::ieee) g.inf_at = top - ((1u << f.mantissa_bits) - 1u), g.nan_from = g.inf_at + 1;
@@ -367,17 +369,86 @@ QUARK_INLINE float decode(uint32_t code, const Grid& g, uint32_t bits) {
   const uint32_t top = 1u << (bits - 1);
   const uint32_t m = code & (top - 1u);
   const uint32_t sign = (code & top) << (32 - bits);
-  const uint32_t field = m >> g.mantissa;
-  const uint32_t steps = field > 1 ? field - 1 : 0;  // of e past min_exp
-  const float q = float(int32_t(m - (steps << g.mantissa)));
-  const float finite = q * float_of(g.min_exp - (g.mantissa << 23) + (steps << 23));
+  const uint32_t fields = m << (23 - g.mantissa);  // exponent and mantissa in their places
+  const float normal = float_of(fields + g.min_exp - kMinNormal);
+  const float subnormal = float_of(fields + g.min_exp) - float_of(g.min_exp);  // less the leading 1 that it hasn't
   // fnuz's NaN is the code of -0; it has no sign of its own.
   const uint32_t fnuz_nan = g.nan_code;
-  uint32_t u = bits_of(finite) | sign;
+  uint32_t u = bits_of(m >> g.mantissa ? normal : subnormal) | sign;
   u = m == g.inf_at ? kInfinity | sign : u;
   u = m >= g.nan_from ? kNaN | sign : u;
   return float_of(code == fnuz_nan && fnuz_nan == top ? kNaN : u);
 }
+
+// ---- ordinary scales ----------------------------------------------------------------------------------------------
+
+// Nearly every scale is one with which nothing overflows or loses bits, and then fewer steps give the same numbers:
+// rounding is to nearest even, and only a NaN x is a special case.
+
+/// A scale and zero point with what follows from them once for many elements.
+struct OrdinaryScale {
+  float s, z, inverse;
+  float lo, hi;  ///< x is clamped to these first: the ends of the range, less z, times s
+};
+
+QUARK_INLINE OrdinaryScale ordinary_scale(float s, float z, const Grid& g) {
+  return {s, z, 1.0f / s, (g.lo - z) * s, (g.hi - z) * s};
+}
+
+/// Whether s and z are ordinary, for codes up to `largest` in magnitude and results up to `limit`. Where |x| is below
+/// 2^-40 * s its quotient needn't be exact; from there up s >= 2^-60 keeps the remainder in quotient_of exact.
+QUARK_INLINE bool is_ordinary(float s, float z, float largest, float limit) {
+  const float reach = largest + magnitude(z);
+  return s >= 0x1p-60f && s <= 0x1p60f && reach <= 0x1p20f && reach * s <= limit && (z + 0x1.8p23f) - 0x1.8p23f == z;
+}
+
+/// x / s. With a fused multiply-add the remainder corrects x * (1 / s) to the nearest float (Brisebarre, Muller, Raina:
+/// Accelerating correctly rounded floating-point division when the divisor is known in advance, 2004).
+QUARK_INLINE float quotient_of(float x, const OrdinaryScale& k) {
+#if defined(__FMA__)
+  const float v = x * k.inverse;
+  return __builtin_fmaf(__builtin_fmaf(-v, k.s, x), k.inverse, v);
+#else
+  return x / k.s;
+#endif
+}
+
+/// R(x / s) inside the range, less z. NaN is NaN.
+template <bool kIsInteger>
+QUARK_INLINE float round_ordinary(float x, const OrdinaryScale& k, const Grid& g) {
+  const float v = quotient_of(clamp(x, k.lo, k.hi), k);
+  if constexpr (kIsInteger) return (v + 0x1.8p23f) - 0x1.8p23f;
+  const uint32_t exponent = bits_of(v) & kInfinity;
+  const float anchor = float_of((exponent > g.min_exp ? exponent : g.min_exp) + ((23u - g.mantissa) << 23));
+  return float_of(bits_of((magnitude(v) + anchor) - anchor) | sign_of(x)) + g.plus_zero;
+}
+
+struct FakeQuantizeOrdinary {
+  template <bool kIsInteger>
+  static QUARK_INLINE float apply(float x, const OrdinaryScale& k, const Grid& g) {
+    const float y = round_ordinary<kIsInteger>(x, k, g) * k.s;
+    return is_nan(x) ? nan_like(x) : y;
+  }
+};
+
+/// For codes: which NaN it is doesn't matter.
+struct QuantizeOrdinary {
+  template <bool kIsInteger>
+  static QUARK_INLINE float apply(float x, const OrdinaryScale& k, const Grid& g) {
+    const float number = float_of(bits_of(x) & (is_nan(x) ? g.kept_nan : ~0u));
+    const float y = round_ordinary<kIsInteger>(number, k, g);
+    if constexpr (kIsInteger) return y + k.z;
+    return y;
+  }
+};
+
+struct DequantizeOrdinary {
+  template <bool kIsInteger>
+  static QUARK_INLINE float apply(float y, const OrdinaryScale& k, const Grid&) {
+    if constexpr (kIsInteger) return (y - k.z) * k.s;
+    return y * k.s;
+  }
+};
 
 // ---- dynamic scales -----------------------------------------------------------------------------------------------
 
@@ -485,17 +556,20 @@ struct RandomWords {
   uint32_t word[4];
 };
 
+inline constexpr uint32_t kPhilox[] = {0xD2511F53u, 0xCD9E8D57u}, kPhiloxWeyl[] = {0x9E3779B9u, 0xBB67AE85u};
+inline constexpr int kPhiloxRounds = 10;
+
 QUARK_INLINE RandomWords philox(uint64_t counter, uint64_t key) {
   uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t(0xD2511F53u) * c0, b = uint64_t(0xCD9E8D57u) * c2;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t a = uint64_t(kPhilox[0]) * c0, b = uint64_t(kPhilox[1]) * c2;
     c0 = uint32_t(b >> 32) ^ c1 ^ k0;
     c1 = uint32_t(b);
     c2 = uint32_t(a >> 32) ^ c3 ^ k1;
     c3 = uint32_t(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxWeyl[0];
+    k1 += kPhiloxWeyl[1];
   }
   return {{c0, c1, c2, c3}};
 }

@@ -37,7 +37,7 @@ struct ExponentKey {
 };
 
 template <class Key>
-Extremes extremes_of(const float* x, int64_t n, const Grid& grid) {
+QUARK_INLINE Extremes extremes_of(const float* x, int64_t n, const Grid& grid) {
   const Grid g = grid;
   uint32_t low = 0, high = 0;
   QUARK_VECTORIZE
@@ -49,13 +49,36 @@ Extremes extremes_of(const float* x, int64_t n, const Grid& grid) {
   return {low, high};
 }
 
-using ExtremesLoop = Extremes (*)(const float* x, int64_t n, const Grid&);
+/// The extremes of neighbouring groups, the last of which may be shorter.
+using ExtremesLoop = void (*)(const float* x, int64_t n, int64_t group, const Grid&, uint32_t* low, uint32_t* high);
+
+template <class Key>
+void extremes_loop(const float* x, int64_t n, int64_t group, const Grid& grid, uint32_t* low, uint32_t* high) {
+  const Grid g = grid;
+  // The usual short groups have loops of their own length.
+  const auto each = [=](auto length) {
+    for (int64_t at = 0, k = 0; at < n; at += length, ++k) {
+      const Extremes e = extremes_of<Key>(x + at, length, g);
+      low[k] = e.low;
+      high[k] = e.high;
+    }
+  };
+  if (group == 16 && n % 16 == 0) return each(std::integral_constant<int64_t, 16>());
+  if (group == 32 && n % 32 == 0) return each(std::integral_constant<int64_t, 32>());
+  for (int64_t at = 0, k = 0; at < n; at += group, ++k) {
+    const Extremes e = extremes_of<Key>(x + at, min(group, n - at), g);
+    low[k] = e.low;
+    high[k] = e.high;
+  }
+}
 
 /// What an element is to a spec's scales: the loop over a run, or the reduction of a whole tensor.
 template <class Result, class Choose>
 Result for_key(const QuantSpec& spec, const Choose& choose) {
   switch (spec.scale_format) {
-    case ScaleFormat::float32: return choose(static_cast<BoundsKey*>(nullptr));
+    case ScaleFormat::float32:
+      if (!spec.symmetric) return choose(static_cast<BoundsKey*>(nullptr));
+      break;
     case ScaleFormat::exponent:
       if (spec.scale_rule == ScaleRule::fit) return choose(static_cast<ExponentKey*>(nullptr));
       break;
@@ -67,55 +90,135 @@ Result for_key(const QuantSpec& spec, const Choose& choose) {
   return choose(static_cast<MagnitudeKey*>(nullptr));
 }
 
-inline ExtremesLoop extremes_loop_for(const QuantSpec& spec) {
-  return for_key<ExtremesLoop>(spec, []<class Key>(Key*) { return &extremes_of<Key>; });
-}
+/// The extremes of runs of a tensor.
+class ExtremesReader {
+ public:
+  ExtremesReader(const TensorView& x, const QuantSpec& spec)
+      : data_(x),
+        grid_(make_grid(spec, x.dtype)),
+        loop_(for_key<ExtremesLoop>(spec, []<class Key>(Key*) { return &extremes_loop<Key>; })),
+        is_magnitude_(loop_ == &extremes_loop<MagnitudeKey>) {}
 
-/// From a group's extremes to its scale and zero point.
+  const Grid& grid() const { return grid_; }
+  const Data& data() const { return data_; }
+
+  /// Of groups whose elements have been loaded.
+  QUARK_INLINE void groups(const float* x, int64_t n, int64_t group, uint32_t* low, uint32_t* high) const {
+    loop_(x, n, group, grid_, low, high);
+  }
+
+  /// Of up to a tile's elements from `begin` on.
+  QUARK_INLINE Extremes run(int64_t begin, int64_t n) const {
+    // Magnitudes of 16-bit floats have the order of their bits.
+    if (const auto* words = is_magnitude_ ? static_cast<const uint16_t*>(data_.words(begin)) : nullptr) {
+      uint16_t most = 0;
+      QUARK_VECTORIZE
+      for (int64_t i = 0; i < n; ++i) {
+        const auto m = uint16_t(words[i] & 0x7fffu);
+        most = m > most ? m : most;
+      }
+      const bool is_float16 = data_.view.dtype == DType::float16;
+      return {0, magnitude_key(is_float16 ? from_float16(most) : from_bfloat16(most))};
+    }
+    alignas(64) float buffer[kTile];
+    Extremes e;
+    loop_(data_.load(begin, n, buffer), n, n, grid_, &e.low, &e.high);
+    return e;
+  }
+
+ private:
+  Data data_;
+  Grid grid_;
+  ExtremesLoop loop_;
+  bool is_magnitude_;
+};
+
+/// The scales of up to a tile's groups: what they follow from, and what they are.
+struct GroupScales {
+  alignas(64) uint32_t low[kTile], high[kTile];
+  alignas(64) float scale[kTile];
+  alignas(64) int32_t zero_point[kTile];
+  alignas(64) uint32_t code[kTile];
+};
+
+/// From groups' extremes to their scales and zero points.
 class ScaleRuler {
  public:
   ScaleRuler(const QuantSpec& spec, const Grid& grid, const TensorView* tensor_scale)
       : spec_(spec), grid_(grid), e4m3_(e4m3_grid()), tensor_scale_(tensor_scale ? element_of(*tensor_scale) : 1.0f) {}
 
   ScaleAndZero operator()(const Extremes& e) const {
-    switch (spec_.scale_format) {
-      case ScaleFormat::e8m0: return e8m0_scale(e.high, grid_);
-      case ScaleFormat::e4m3: return e4m3_scale(e.high, tensor_scale_, grid_, e4m3_);
-      case ScaleFormat::exponent:
-        if (spec_.scale_rule == ScaleRule::fit) return exponent_scale(int32_t(e.high) - 150, false, grid_);
-        break;
-      case ScaleFormat::microexponents: break;
-      case ScaleFormat::global: return scale_from_bounds(0, e.high, true, grid_);
-      case ScaleFormat::float32:
-        if (spec_.format.is_cast()) return {1.0f, 0, 0};
-        return scale_from_bounds(e.low, e.high, spec_.symmetric, grid_);
-    }
-    return exponent_scale(exponent_field(e.high), e.high >= kInfinity, grid_);
+    return with_rule<ScaleAndZero>([&](const auto& rule) { return rule(e); });
+  }
+
+  void operator()(GroupScales& groups, int64_t n) const {
+    with_rule<void>([&](const auto& rule) {
+      QUARK_VECTORIZE
+      for (int64_t i = 0; i < n; ++i) {
+        const ScaleAndZero r = rule(Extremes{groups.low[i], groups.high[i]});
+        groups.scale[i] = r.scale;
+        groups.zero_point[i] = r.zero_point;
+        groups.code[i] = r.code;
+      }
+    });
   }
 
  private:
+  template <class Result, class Use>
+  Result with_rule(const Use& use) const {
+    const Grid g = grid_, e4m3 = e4m3_;
+    const float tensor_scale = tensor_scale_;
+    switch (spec_.scale_format) {
+      case ScaleFormat::e8m0: return use([=](const Extremes& e) { return e8m0_scale(e.high, g); });
+      case ScaleFormat::e4m3: return use([=](const Extremes& e) { return e4m3_scale(e.high, tensor_scale, g, e4m3); });
+      case ScaleFormat::exponent:
+        if (spec_.scale_rule != ScaleRule::fit) break;
+        return use([=](const Extremes& e) { return exponent_scale(int32_t(e.high) - 150, false, g); });
+      case ScaleFormat::microexponents: break;
+      case ScaleFormat::global: return use([=](const Extremes& e) { return scale_from_bounds(0, e.high, true, g); });
+      case ScaleFormat::float32:
+        if (spec_.format.is_cast()) return use([](const Extremes&) { return ScaleAndZero{1.0f, 0, 0}; });
+        if (spec_.symmetric) return use([=](const Extremes& e) { return scale_from_bounds(e.low, e.high, true, g); });
+        return use([=](const Extremes& e) { return scale_from_bounds(e.low, e.high, false, g); });
+    }
+    return use([=](const Extremes& e) { return exponent_scale(exponent_field(e.high), e.high >= kInfinity, g); });
+  }
+
   const QuantSpec& spec_;
   const Grid& grid_;
   Grid e4m3_;
   float tensor_scale_;
 };
 
-/// Writes scales and zero points, contiguous tensors, by the flat index of the group.
+/// Writes scales and zero points, contiguous tensors, by the flat index of the (first) group.
 class ScaleWriter {
  public:
   ScaleWriter(const TensorView& scale, const TensorView* zero) : scale_(scale), zero_(zero) {}
 
-  QUARK_INLINE void store(int64_t index, const ScaleAndZero& r) const {
+  void store(int64_t index, const ScaleAndZero& r) const {
     if (zero_) static_cast<int32_t*>(zero_->data)[index] = r.zero_point;
     if (scale_.dtype == DType::float32) {
       static_cast<float*>(scale_.data)[index] = r.scale;
     } else {
-      // An int8 is the exponent of an E8M0 code, NaN -128.
-      static_cast<uint8_t*>(scale_.data)[index] = uint8_t(scale_.dtype == DType::int8 ? r.code - 127 : r.code);
+      static_cast<uint8_t*>(scale_.data)[index] = uint8_t(r.code - offset());
     }
   }
 
+  void store(int64_t index, const GroupScales& groups, int64_t n) const {
+    if (zero_) std::memcpy(static_cast<int32_t*>(zero_->data) + index, groups.zero_point, size_t(n) * 4);
+    if (scale_.dtype == DType::float32) {
+      std::memcpy(static_cast<float*>(scale_.data) + index, groups.scale, size_t(n) * 4);
+      return;
+    }
+    auto* codes = static_cast<uint8_t*>(scale_.data) + index;
+    const uint32_t less = offset();
+    for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(groups.code[i] - less);
+  }
+
  private:
+  /// An int8 is the exponent of an E8M0 code, NaN -128.
+  uint32_t offset() const { return scale_.dtype == DType::int8 ? 127 : 0; }
+
   const TensorView& scale_;
   const TensorView* zero_;
 };
@@ -225,7 +328,14 @@ inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const Qu
       reduction.out_of_memory ? 0 : scales, 1,
       [](void* context, int64_t first, int64_t last) {
         const Finish& f = *static_cast<const Finish*>(context);
-        for (int64_t i = first; i < last; ++i) f.writer.store(i, f.scale_of({f.low[i], f.high[i]}));
+        GroupScales groups;
+        for (int64_t at = first; at < last; at += kTile) {
+          const int64_t n = min(kTile, last - at);
+          std::memcpy(groups.low, f.low + at, size_t(n) * 4);
+          std::memcpy(groups.high, f.high + at, size_t(n) * 4);
+          f.scale_of(groups, n);
+          f.writer.store(at, groups, n);
+        }
       },
       &finish);
   std::free(own);
@@ -340,6 +450,7 @@ void for_each_unit(const GroupRuns& runs, Executor& executor, const F& f) {
           t.f(row * r.row + inside, min(r.unit, r.row - inside), row * r.groups_per_row() + inside / r.group,
               row * scale_length(r.row, kPairByte) + inside / kPairByte);
         }
+        stream_fence();
       },
       &task);
 }
@@ -369,9 +480,7 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
   struct Task {
     const GroupRuns& runs;
     const Apply& apply;
-    Data data;
-    ExtremesLoop extremes;
-    Grid grid;
+    ExtremesReader extremes;
     ScaleRuler scale_of;
     ScaleWriter writer;
     uint8_t* pair_bits;
@@ -379,44 +488,49 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
     /// A unit of several groups, which is one tile.
     void groups(int64_t begin, int64_t count, int64_t index, int64_t pair_byte) const {
       alignas(64) float x[kTile], s[kTile], z[kTile];
-      const float* values = data.load(begin, count, x);
-      for (int64_t at = 0; at < count; at += runs.group, ++index) {
-        const int64_t n = min(runs.group, count - at);
-        const ScaleAndZero r = scale_of(extremes(values + at, n, grid));
-        writer.store(index, r);
-        for (int64_t i = 0; i < n; ++i) {
-          s[at + i] = r.scale;
-          z[at + i] = float(r.zero_point);
-        }
-      }
-      if (pair_bits) halve_pairs(values, s, count, pair_bits + pair_byte, grid);
-      apply(begin, count, values, TileScales{s, z, count <= runs.group && !pair_bits});
+      GroupScales groups;
+      const float* values = extremes.data().load(begin, count, x);
+      const int64_t n = scale_length(count, runs.group);
+      extremes.groups(values, count, runs.group, groups.low, groups.high);
+      scale_of(groups, n);
+      writer.store(index, groups, n);
+      const TileScales scales = spread(groups, n, count, s, z);
+      if (pair_bits) halve_pairs(values, s, count, pair_bits + pair_byte, extremes.grid());
+      apply(begin, count, values, scales);
     }
 
     /// A group of several tiles: once for its scale, once more to apply it.
     void group(int64_t begin, int64_t count, int64_t index) const {
       alignas(64) float x[kTile];
       Extremes e{0, 0};
-      for (int64_t at = 0; at < count; at += kTile) {
-        const int64_t n = min(kTile, count - at);
-        e = max(e, extremes(data.load(begin + at, n, x), n, grid));
-      }
+      for (int64_t at = 0; at < count; at += kTile) e = max(e, extremes.run(begin + at, min(kTile, count - at)));
       const ScaleAndZero r = scale_of(e);
       writer.store(index, r);
       const float s = r.scale, z = float(r.zero_point);
       for (int64_t at = 0; at < count; at += kTile) {
         const int64_t n = min(kTile, count - at);
-        apply(begin + at, n, data.load(begin + at, n, x), TileScales{&s, &z, true});
+        apply(begin + at, n, extremes.data().load(begin + at, n, x), TileScales{&s, &z, kTile});
       }
     }
+
+    /// From the groups' scales to the tile's.
+    TileScales spread(const GroupScales& groups, int64_t n, int64_t count, float* s, float* z) const {
+      int64_t step = runs.group % kStep == 0 && count % kStep == 0 ? kStep : 1;
+      if (n == 1) step = kTile;
+      if (pair_bits) step = 1;
+      const int64_t entries = step == kTile ? 1 : count / step, per_group = step == kTile ? 1 : runs.group / step;
+      for (int64_t k = 0, i = 0; k < n; ++k) {
+        const float scale = groups.scale[k], zero = float(groups.zero_point[k]);
+        for (const int64_t end = min(i + per_group, entries); i < end; ++i) s[i] = scale, z[i] = zero;
+      }
+      return {s, z, step};
+    }
   };
-  const Grid grid = make_grid(spec, x.dtype);
+  ExtremesReader extremes(x, spec);
   const Task task{runs,
                   apply,
-                  Data(x),
-                  extremes_loop_for(spec),
-                  grid,
-                  ScaleRuler(spec, grid, out.tensor_scale),
+                  extremes,
+                  ScaleRuler(spec, extremes.grid(), out.tensor_scale),
                   ScaleWriter(*out.scale, out.zero_point),
                   out.pair_bits ? static_cast<uint8_t*>(out.pair_bits->data) : nullptr};
   for_each_unit(runs, executor, [&task](int64_t begin, int64_t count, int64_t index, int64_t pair_byte) {

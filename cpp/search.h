@@ -52,8 +52,8 @@ class SearchScales {
       : x_(x),
         data_(x),
         spec_(spec),
-        grid_(make_grid(spec, x.dtype)),
-        extremes_(extremes_loop_for(spec)),
+        extremes_(x, spec),
+        grid_(extremes_.grid()),
         scale_of_(spec_, grid_, nullptr),
         writer_(*out.scale, out.zero_point),
         loop_(tile_loop_for<FakeQuantizeBody>(spec, x.dtype, out.zero_point != nullptr)) {
@@ -85,7 +85,8 @@ class SearchScales {
       }
       n += count;
     });
-    const Extremes all = extremes_(x, n, grid_);
+    Extremes all;
+    extremes_.groups(x, n, n, &all.low, &all.high);
     const uint32_t most = max(all.low, all.high);
     if (spec_.format.is_cast() || most == 0 || most >= kInfinity) return scale_of_(all);
     return spec_.method == Method::percentile ? by_percentile(x, n) : by_error(x, n, all);
@@ -118,7 +119,7 @@ class SearchScales {
 
   double squared_error(const float* x, int64_t n, const ScaleAndZero& r) const {
     const float s = r.scale, z = float(r.zero_point);
-    const TileScales scales{&s, &z, true};
+    const TileScales scales{&s, &z, kTile};
     TreeSum sum;
     alignas(64) float y[kTile];
     for (int64_t at = 0; at < n; at += kTile) {
@@ -138,8 +139,8 @@ class SearchScales {
   const TensorView& x_;
   Data data_;
   const QuantSpec& spec_;
+  ExtremesReader extremes_;
   Grid grid_;
-  ExtremesLoop extremes_;
   ScaleRuler scale_of_;
   ScaleWriter writer_;
   TileLoop loop_;

@@ -1,4 +1,6 @@
 // The CPU kernels. Compiled once per level with QUARK_LEVEL naming it; the flags differ, the source doesn't.
+#include <unistd.h>
+
 #include <type_traits>
 
 #include "../loops.h"
@@ -38,6 +40,15 @@ class Operands {
 
 int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
+/// Whether the results of a call are more than the last cache keeps, with the tensors that they are made from.
+bool is_streamed(int64_t bytes) {
+  static const int64_t cache = [] {
+    const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return found > 0 ? int64_t(found) : int64_t(16) << 20;
+  }();
+  return bytes > cache;
+}
+
 /// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes. `data` is the dtype of the numbers.
 template <class Body, class In, class Out>
 class Elementwise {
@@ -50,8 +61,15 @@ class Elementwise {
         random_(operands['k'], shape.shape, spec),
         out_(out),
         grid_(make_grid(spec, shape.dtype)),
-        loop_(tile_loop_for<Body>(spec, shape.dtype, scales_.has_zero_points())) {
+        loop_(tile_loop_for<Body>(spec, shape.dtype, scales_.has_zero_points())),
+        ordinary_(ordinary_loop_for<Body>(spec, shape.dtype, std::is_same_v<Out, Codes>)),
+        stream_(is_streamed(x.bytes() + out.bytes())) {
     if constexpr (std::is_same_v<Out, Data>) limit_ = limit_of(out.view.dtype, spec);
+    if constexpr (std::is_same_v<In, Codes>) {
+      largest_ = x.largest();
+    } else {
+      largest_ = magnitude(grid_.lo) > grid_.hi ? magnitude(grid_.lo) : grid_.hi;
+    }
   }
 
   void run(const Tiling& tiling, Executor& executor) const {
@@ -63,12 +81,17 @@ class Elementwise {
 
   /// A tile whose elements and scales are at hand.
   QUARK_INLINE void tile(int64_t begin, int64_t count, const float* values, const TileScales& scales) const {
-    alignas(64) float others[kTile], y[kTile];
-    alignas(64) uint32_t random[Random::kBuffer];
-    const float* second = other_ ? other_->load(begin, count, others) : values;
-    float* to = out_.target(begin, y);
-    loop_(values, second, random_.load(begin, count, random), to, count, scales, limit_, grid_);
-    out_.store(begin, count, to);
+    alignas(64) float y[kTile];
+    float* to = out_.target(begin, y, stream_);
+    if (ordinary_ && are_ordinary(scales, count, largest_, limit_)) {
+      ordinary_(values, to, count, scales, grid_);
+    } else {
+      alignas(64) float others[kTile];
+      alignas(64) uint32_t random[Random::kBuffer];
+      const float* second = other_ ? other_->load(begin, count, others) : values;
+      loop_(values, second, random_.load(begin, count, random), to, count, scales, limit_, grid_);
+    }
+    out_.store(begin, count, to, stream_);
   }
 
  private:
@@ -79,7 +102,10 @@ class Elementwise {
   const Out& out_;
   Grid grid_;
   TileLoop loop_;
-  float limit_ = 0.0f;
+  OrdinaryLoop ordinary_;
+  bool stream_;
+  float largest_;                       ///< magnitude of a code's number
+  float limit_ = float_of(kMaxFinite);  ///< where results saturate
 };
 
 /// `spec` for codes: a format without NaN has no code for it.

@@ -1,0 +1,398 @@
+// What a processor has instructions for: stored numbers to and from float32, bit packing, and copies past the caches.
+//
+// Loops are plain ones that the compiler vectorizes; intrinsics stand only where it has no way to say the same.
+// Compiled once per CPU level, like numerics.h.
+#pragma once
+#include <cstring>
+#include <type_traits>
+
+#include "numerics.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__clang__)
+#define QUARK_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define QUARK_VECTORIZE _Pragma("GCC ivdep")
+#endif
+
+namespace quark::QUARK_LEVEL {
+namespace {
+
+/// Elements of a tile: four float32 buffers of it fit in half of a 32 KiB cache. Also the unit that threads share, so a
+/// packed byte never has two writers (the codes of a tile are whole bytes for every width).
+inline constexpr int64_t kTile = 1024;
+
+// ---- stored numbers -----------------------------------------------------------------------------------------------
+
+template <class T>
+struct Stored {
+  T raw;
+};
+struct BFloat16Bits {
+  uint16_t raw;
+};
+struct Float16Bits {
+  uint16_t raw;
+};
+
+QUARK_INLINE float widen(BFloat16Bits h) { return from_bfloat16(h.raw); }
+QUARK_INLINE float widen(Float16Bits h) { return from_float16(h.raw); }
+template <class T>
+QUARK_INLINE float widen(Stored<T> v) {
+  return float(v.raw);
+}
+QUARK_INLINE void narrow(float x, BFloat16Bits& out) { out.raw = to_bfloat16(x); }
+QUARK_INLINE void narrow(float x, Float16Bits& out) { out.raw = to_float16(x); }
+QUARK_INLINE void narrow(float x, Stored<float>& out) { out.raw = x; }
+QUARK_INLINE void narrow(float x, Stored<double>& out) { out.raw = double(x); }
+template <class T>
+QUARK_INLINE void narrow(float x, Stored<T>& out) {
+  out.raw = T(int32_t(x));  // integers: x is one, and in range
+}
+
+/// Calls f with a null pointer of the type that stores `dtype`. fp8 dtypes are bytes here: codes, not values.
+template <class F>
+QUARK_INLINE void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(static_cast<Stored<float>*>(nullptr));
+    case DType::float64: return f(static_cast<Stored<double>*>(nullptr));
+    case DType::float16: return f(static_cast<Float16Bits*>(nullptr));
+    case DType::bfloat16: return f(static_cast<BFloat16Bits*>(nullptr));
+    case DType::int8: return f(static_cast<Stored<int8_t>*>(nullptr));
+    case DType::int16: return f(static_cast<Stored<int16_t>*>(nullptr));
+    case DType::uint16: return f(static_cast<Stored<uint16_t>*>(nullptr));
+    case DType::int32: return f(static_cast<Stored<int32_t>*>(nullptr));
+    case DType::int64: return f(static_cast<Stored<int64_t>*>(nullptr));
+    case DType::uint8:
+    case DType::float8_e4m3fn:
+    case DType::float8_e5m2:
+    case DType::float8_e4m3fnuz:
+    case DType::float8_e5m2fnuz:
+    case DType::float8_e8m0fnu: return f(static_cast<Stored<uint8_t>*>(nullptr));
+  }
+}
+
+/// widen() of neighbours.
+template <class T>
+inline void widen_all(const T* from, float* to, int64_t n) {
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+/// narrow() of neighbours.
+template <class T>
+inline void narrow_all(const float* from, T* to, int64_t n) {
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
+}
+
+#if defined(__F16C__)
+inline void widen_all(const Float16Bits* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < n; ++i) to[i] = widen(from[i]);
+}
+
+inline void narrow_all(const float* from, Float16Bits* to, int64_t n) {
+  const __m256 sign = _mm256_set1_ps(-0.0f), nan = _mm256_set1_ps(float_of(kNaN));
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 x = _mm256_loadu_ps(from + i);
+    const __m256 one_nan = _mm256_or_ps(_mm256_and_ps(x, sign), nan);
+    const __m256 value = _mm256_blendv_ps(x, one_nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; i < n; ++i) narrow(from[i], to[i]);
+}
+
+/// to_bfloat16 as a word.
+QUARK_INLINE __m256i bfloat16_words(const float* from) {
+  const __m256 x = _mm256_loadu_ps(from);
+  const __m256i u = _mm256_castps_si256(x), top = _mm256_srli_epi32(u, 16);
+  const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
+  const __m256i nearest = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_or_si256(_mm256_and_si256(top, _mm256_set1_epi32(0x8000)), _mm256_set1_epi32(0x7fc0));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(nearest, 16), nan,
+                            _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+
+inline void narrow_all(const float* from, BFloat16Bits* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m256i words = _mm256_packus_epi32(bfloat16_words(from + i), bfloat16_words(from + i + 8));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permute4x64_epi64(words, 0xd8));
+  }
+  for (; i < n; ++i) narrow(from[i], to[i]);
+}
+#endif
+
+/// One contiguous or strided run, widened.
+template <class T>
+inline void load_run(const T* from, int64_t stride, float* to, int64_t n) {
+  if (stride == 1) return widen_all(from, to, n);
+  if (stride == 0) {
+    const float x = widen(*from);
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) to[i] = x;
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i * stride]);
+  }
+}
+
+// ---- copies past the caches ---------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+using Line = __m512i;
+QUARK_INLINE Line load_line(const char* from) { return _mm512_loadu_si512(from); }
+QUARK_INLINE void stream_line(char* to, Line v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v); }
+#elif defined(__AVX__)
+using Line = __m256i;
+QUARK_INLINE Line load_line(const char* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+QUARK_INLINE void stream_line(char* to, Line v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(to), v); }
+#elif defined(__SSE2__)
+using Line = __m128i;
+QUARK_INLINE Line load_line(const char* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+QUARK_INLINE void stream_line(char* to, Line v) { _mm_stream_si128(reinterpret_cast<__m128i*>(to), v); }
+#endif
+
+/// memcpy; `stream` says that the target is part of more than the caches hold, so that fetching its old bytes first and
+/// keeping the new ones there is a waste. What was streamed is seen by other threads after stream_fence().
+inline void copy_bytes(void* to, const void* from, int64_t n, bool stream) {
+#if defined(__SSE2__)
+  if (stream) {
+    auto* out = static_cast<char*>(to);
+    const auto* in = static_cast<const char*>(from);
+    constexpr int64_t kLine = sizeof(Line);
+    int64_t i = -int64_t(reinterpret_cast<uintptr_t>(out)) & (kLine - 1);  // to the first whole line
+    if (i > n) i = n;
+    std::memcpy(out, in, size_t(i));
+    for (; i + kLine <= n; i += kLine) stream_line(out + i, load_line(in + i));
+    std::memcpy(out + i, in + i, size_t(n - i));
+    return;
+  }
+#endif
+  (void)stream;
+  std::memcpy(to, from, size_t(n));
+}
+
+QUARK_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+/// One contiguous or strided run, narrowed. Numbers that stay as they are can be streamed.
+template <class T>
+inline void store_run(const float* from, T* to, int64_t stride, int64_t n, bool stream) {
+  if (stride == 1) {
+    if constexpr (std::is_same_v<T, Stored<float>>) {
+      copy_bytes(to, from, n * int64_t(sizeof(float)), stream);
+    } else if (stream) {
+      alignas(64) T narrowed[kTile];
+      narrow_all(from, narrowed, n);
+      copy_bytes(to, narrowed, n * int64_t(sizeof(T)), true);
+    } else {
+      narrow_all(from, to, n);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i * stride]);
+  }
+}
+
+// ---- codes of a byte ----------------------------------------------------------------------------------------------
+
+/// The codes of equal steps, `per_step` being 1 / step: two's complement.
+inline void encode_fixed(const float* y, uint8_t* codes, int64_t n, float per_step) {
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(int32_t(y[i] * per_step));
+}
+
+inline void decode_fixed(const uint8_t* codes, float* y, int64_t n, uint32_t bits, bool is_signed, float step) {
+  const int32_t top = is_signed ? 1 << (bits - 1) : 0, mask = is_signed ? 2 * top - 1 : 0xff;
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) y[i] = float(((int32_t(codes[i]) & mask) ^ top) - top) * step;
+}
+
+#if defined(__F16C__)
+/// How a minifloat is a float16: the same number but for a power of two, its code moved up by `shift`.
+struct HalfForm {
+  int shift;
+  float scale;  ///< a float16 of these bits times this is the number
+
+  explicit HalfForm(const Grid& g) : shift(10 - int(g.mantissa)), scale(float_of(g.min_exp + (14u << 23))) {}
+  /// Whether the largest number, too, is a finite float16.
+  bool holds(const Grid& g) const { return g.hi <= 65504.0f * scale; }
+};
+
+/// encode() of 16 numbers as words. What rounds to the grid is exact as a float16.
+QUARK_INLINE __m256i encode_words(const float* y, const HalfForm& form, const Grid& g, uint32_t bits) {
+  const __m256 per_scale = _mm256_set1_ps(1.0f / form.scale);
+  const __m128i low = _mm256_cvtps_ph(_mm256_mul_ps(_mm256_loadu_ps(y), per_scale), _MM_FROUND_TO_NEAREST_INT);
+  const __m128i high = _mm256_cvtps_ph(_mm256_mul_ps(_mm256_loadu_ps(y + 8), per_scale), _MM_FROUND_TO_NEAREST_INT);
+  const __m256i half = _mm256_set_m128i(high, low), m = _mm256_and_si256(half, _mm256_set1_epi16(0x7fff));
+  const __m256i is_nan = _mm256_cmpgt_epi16(m, _mm256_set1_epi16(0x7c00));
+  const __m256i code = _mm256_srl_epi16(m, _mm_cvtsi32_si128(form.shift));
+  const __m256i sign = _mm256_sll_epi16(_mm256_srli_epi16(half, 15), _mm_cvtsi32_si128(int(bits) - 1));
+  return _mm256_or_si256(_mm256_blendv_epi8(code, _mm256_set1_epi16(int16_t(g.nan_code)), is_nan), sign);
+}
+
+/// decode() of 16 codes.
+QUARK_INLINE void decode_words(__m256i code, const HalfForm& form, const Grid& g, uint32_t bits, float* y) {
+  const int16_t top = int16_t(1 << (bits - 1)), last = int16_t(g.nan_from > 0x7fffu ? 0x7fff : g.nan_from - 1u);
+  const __m256i m = _mm256_and_si256(code, _mm256_set1_epi16(int16_t(top - 1)));
+  const __m256i sign =
+      _mm256_sll_epi16(_mm256_and_si256(code, _mm256_set1_epi16(top)), _mm_cvtsi32_si128(16 - int(bits)));
+  const __m256i nan = _mm256_set1_epi16(0x7e00);
+  __m256i half = _mm256_sll_epi16(m, _mm_cvtsi32_si128(form.shift));
+  half = _mm256_or_si256(_mm256_blendv_epi8(half, nan, _mm256_cmpgt_epi16(m, _mm256_set1_epi16(last))), sign);
+  if (g.nan_code == uint32_t(top))
+    half = _mm256_blendv_epi8(half, nan, _mm256_cmpeq_epi16(code, _mm256_set1_epi16(top)));
+  const __m256 scale = _mm256_set1_ps(form.scale);
+  _mm256_storeu_ps(y, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), scale));
+  _mm256_storeu_ps(y + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), scale));
+}
+#endif
+
+/// encode() of numbers of the grid.
+inline void encode_all(const float* y, uint8_t* codes, int64_t n, const Grid& grid, uint32_t bits) {
+  const Grid g = grid;
+  int64_t i = 0;
+#if defined(__F16C__)
+  if (const HalfForm form(g); form.holds(g)) {
+    for (; i + 32 <= n; i += 32) {
+      const __m256i bytes =
+          _mm256_packus_epi16(encode_words(y + i, form, g, bits), encode_words(y + i + 16, form, g, bits));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), _mm256_permute4x64_epi64(bytes, 0xd8));
+    }
+  }
+#endif
+  QUARK_VECTORIZE
+  for (int64_t j = i; j < n; ++j) codes[j] = uint8_t(encode(y[j], g, bits));
+}
+
+/// decode() of codes.
+inline void decode_all(const uint8_t* codes, float* y, int64_t n, const Grid& grid, uint32_t bits) {
+  const Grid g = grid;
+  int64_t i = 0;
+#if defined(__F16C__)
+  if (const HalfForm form(g); form.holds(g)) {
+    for (; i + 16 <= n; i += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+      decode_words(_mm256_cvtepu8_epi16(bytes), form, g, bits, y + i);
+    }
+  }
+#endif
+  QUARK_VECTORIZE
+  for (int64_t j = i; j < n; ++j) y[j] = decode(codes[j], g, bits);
+}
+
+// ---- random numbers -----------------------------------------------------------------------------------------------
+
+/// philox() of neighbouring counters: four words each.
+inline void random_words(uint64_t first, int64_t blocks, uint64_t key, uint32_t* words) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  // A word has a lane of 64 bits, of which the products read the lower half; what is above it doesn't matter.
+  const __m256i factor0 = _mm256_set1_epi64x(kPhilox[0]), factor2 = _mm256_set1_epi64x(kPhilox[1]);
+  for (; i + 4 <= blocks; i += 4) {
+    const auto counter = static_cast<long long>(first + uint64_t(i));
+    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(counter), _mm256_set_epi64x(3, 2, 1, 0));
+    __m256i c1 = _mm256_srli_epi64(c0, 32), c2 = _mm256_setzero_si256(), c3 = c2;
+    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const __m256i a = _mm256_mul_epu32(c0, factor0), b = _mm256_mul_epu32(c2, factor2);
+      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1), _mm256_set1_epi64x(k0));
+      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3), _mm256_set1_epi64x(k1));
+      c1 = b;
+      c3 = a;
+      k0 += kPhiloxWeyl[0];
+      k1 += kPhiloxWeyl[1];
+    }
+    const __m256i low = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xaa);   // words 0 and 1 of each counter
+    const __m256i high = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xaa);  // words 2 and 3
+    const __m256i even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);
+    auto* to = reinterpret_cast<__m256i*>(words + 4 * i);
+    _mm256_storeu_si256(to, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+  }
+#endif
+  for (; i < blocks; ++i) {
+    const RandomWords r = philox(first + uint64_t(i), key);
+    __builtin_memcpy(words + 4 * i, r.word, sizeof(r.word));
+  }
+}
+
+// ---- bit packing --------------------------------------------------------------------------------------------------
+
+/// How eight codes, a byte each, are one word's bytes, and its low 8 * bits bits: in three steps fields of 8, 16 and 32
+/// bits are joined in pairs, the upper one coming down by what its lower neighbour leaves free.
+struct BitPacking {
+  uint32_t bits;
+  uint64_t code;                ///< a code's bits in every byte
+  uint64_t lower[3], upper[3];  ///< of the pairs of a step
+  uint32_t shift[3];
+
+  explicit BitPacking(uint32_t width) : bits(width), code(0x0101010101010101u * ((1u << width) - 1u)) {
+    for (int step = 0; step < 3; ++step) {
+      const int field = 8 << step;  // bits apart; width << step of them are taken
+      const uint64_t taken = (uint64_t(1) << (width << step)) - 1u;
+      lower[step] = 0;
+      for (int at = 0; at < 64; at += 2 * field) lower[step] |= taken << at;
+      upper[step] = lower[step] << field;
+      shift[step] = (8u - width) << step;
+    }
+  }
+
+  QUARK_INLINE uint64_t join(uint64_t w) const {
+    w &= code;
+    for (int step = 0; step < 3; ++step) w = (w & lower[step]) | (w & upper[step]) >> shift[step];
+    return w;
+  }
+  QUARK_INLINE uint64_t split(uint64_t w) const {
+    for (int step = 2; step >= 0; --step) w = (w & lower[step]) | (w << shift[step] & upper[step]);
+    return w;
+  }
+};
+
+/// Room after the bytes of a tile's codes: whole words are read and written.
+inline constexpr int64_t kPackingSlack = 8;
+
+/// Code i is bits [bits * i, bits * i + bits) of a little-endian bit stream; the last byte is filled with zero bits.
+/// Codes and bytes have room for whole words.
+inline void pack_codes(const uint8_t* codes, int64_t n, uint32_t bits, uint8_t* bytes) {
+  const BitPacking packing(bits);
+  alignas(64) uint64_t words[kTile / 8];
+  const int64_t whole = n / 8, rest = n % 8;
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < whole; ++i) {
+    uint64_t w;
+    __builtin_memcpy(&w, codes + 8 * i, 8);
+    words[i] = packing.join(w);
+  }
+  for (int64_t i = 0; i < whole; ++i) __builtin_memcpy(bytes + i * bits, words + i, 8);
+  if (rest > 0) {
+    uint64_t w = 0;
+    __builtin_memcpy(&w, codes + 8 * whole, size_t(rest));
+    w = packing.join(w);
+    __builtin_memcpy(bytes + whole * bits, &w, 8);
+  }
+}
+
+/// The reverse.
+inline void unpack_codes(const uint8_t* bytes, int64_t n, uint32_t bits, uint8_t* codes) {
+  const BitPacking packing(bits);
+  alignas(64) uint64_t words[kTile / 8 + 1];
+  const int64_t count = (n + 7) / 8;
+  for (int64_t i = 0; i < count; ++i) __builtin_memcpy(words + i, bytes + i * bits, 8);
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t w = packing.split(words[i]);
+    __builtin_memcpy(codes + 8 * i, &w, 8);
+  }
+}
+
+}  // namespace
+}  // namespace quark::QUARK_LEVEL
