@@ -127,7 +127,17 @@ struct Data {
     return is_word && is_whole() ? static_cast<const uint16_t*>(view.data) + begin : nullptr;
   }
 
+  /// Asks for the next elements, where the data is in one piece: a processor's own prefetching ends with a page of
+  /// memory.
+  QUARK_INLINE void prefetch(int64_t begin, int64_t count) const {
+    if (!is_whole()) return;
+    const int64_t width = bytes_of(view.dtype), end = min(begin + 2 * count, view.elements()) * width;
+    const auto* bytes = static_cast<const char*>(view.data);
+    for (int64_t at = (begin + count) * width; at < end; at += 64) __builtin_prefetch(bytes + at);
+  }
+
   QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
+    prefetch(begin, count);
     if (const float* here = direct(begin)) return here;
     with_type(view.dtype, [&]<class T>(T*) {
       walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
@@ -170,6 +180,8 @@ struct TileScales {
   int64_t step;  ///< kTile: one entry serves the whole tile; kStep; or 1
 };
 
+alignas(64) inline constexpr float kNoZeroPoints[kTile] = {};
+
 /// The neighbours that loops over groups take together.
 inline constexpr int64_t kStep = 16;
 
@@ -210,20 +222,29 @@ class ScaleReader {
     const auto* codes = static_cast<const uint8_t*>(data_.view.data);
     data_.walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
       float* to = buffer + position;
+      if (stride == 1) return decode_scales(codes + offset, n, to);
       if (stride == 0) {
-        const float s = decode_code(codes[offset]);
-        for (int64_t i = 0; i < n; ++i) to[i] = s;
+        decode_scales(codes + offset, 1, to);
+        for (int64_t i = 1; i < n; ++i) to[i] = *to;
       } else {
-        for (int64_t i = 0; i < n; ++i) to[i] = decode_code(codes[offset + i * stride]);
+        for (int64_t i = 0; i < n; ++i) decode_scales(codes + offset + i * stride, 1, to + i);
       }
     });
     return buffer;
   }
 
  private:
-  QUARK_INLINE float decode_code(uint8_t code) const {
-    if (tensor_scale_) return decode(code, e4m3_, 8) * element_of(*tensor_scale_);
-    return decode_e8m0(uint8_t(code + offset_), shift_);
+  QUARK_INLINE void decode_scales(const uint8_t* codes, int64_t n, float* to) const {
+    if (tensor_scale_) {
+      const float tensor_scale = element_of(*tensor_scale_);
+      decode_all(codes, to, n, e4m3_, 8);
+      for (int64_t i = 0; i < n; ++i) to[i] *= tensor_scale;
+    } else {
+      const int32_t shift = shift_;
+      const uint8_t offset = offset_;
+      QUARK_VECTORIZE
+      for (int64_t i = 0; i < n; ++i) to[i] = decode_e8m0(uint8_t(codes[i] + offset), shift);
+    }
   }
 
   Data data_;
@@ -300,8 +321,7 @@ class Scales {
     const float* scales = step == kStep ? scale_steps_.load(begin, n, s) : scale_.load(begin, n, s);
     if (pair_bits_) scales = halve_pairs(begin, count, scales, s);
     if (has_zero_) return {scales, step == kStep ? zero_steps_.load(begin, n, z) : zero_.load(begin, n, z), step};
-    for (int64_t i = 0; i < n; ++i) z[i] = 0.0f;
-    return {scales, z, step};
+    return {scales, kNoZeroPoints, step};
   }
 
  private:
@@ -533,6 +553,7 @@ inline bool are_ordinary(const TileScales& scales, int64_t n, float largest, flo
 }
 
 /// OrdinaryScales for every kStep elements of a tile.
+template <Rounding R>
 struct OrdinarySteps {
   static constexpr int64_t kCount = kTile / kStep;
   alignas(64) float s[kCount], z[kCount], inverse[kCount], lo[kCount], hi[kCount];
@@ -540,54 +561,65 @@ struct OrdinarySteps {
   OrdinarySteps(const TileScales& scales, int64_t n, const Grid& g) {
     QUARK_VECTORIZE
     for (int64_t i = 0; i < n; ++i) {
-      const OrdinaryScale k = ordinary_scale(scales.s[i], scales.z[i], g);
+      const OrdinaryScale k = ordinary_scale<R>(scales.s[i], scales.z[i], g);
       s[i] = k.s, z[i] = k.z, inverse[i] = k.inverse, lo[i] = k.lo, hi[i] = k.hi;
     }
   }
   OrdinaryScale at(int64_t i) const { return {s[i], z[i], inverse[i], lo[i], hi[i]}; }
 };
 
-using OrdinaryLoop = void (*)(const float* x, float* out, int64_t n, const TileScales&, const Grid&);
+using OrdinaryLoop = void (*)(const float* x, const uint32_t* random, float* out, int64_t n, const TileScales&,
+                              const Grid&);
 
 /// tile_loop where all scales are ordinary.
-template <class Body, bool kIsInteger>
-void ordinary_loop(const float* x, float* out, int64_t n, const TileScales& scales, const Grid& grid) {
+template <class Body, bool kIsInteger, Rounding R>
+void ordinary_loop(const float* x, const uint32_t* random, float* out, int64_t n, const TileScales& scales,
+                   const Grid& grid) {
   const Grid g = grid;
+  const auto apply = [=](int64_t i, const OrdinaryScale& k) {
+    return Body::template apply<kIsInteger, R>(x[i], R == Rounding::stochastic ? random[i] : 0u, k, g);
+  };
   if (scales.step == kTile) {
-    const OrdinaryScale k = ordinary_scale(scales.s[0], scales.z[0], g);
+    const OrdinaryScale k = ordinary_scale<R>(scales.s[0], scales.z[0], g);
     QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<kIsInteger>(x[i], k, g);
+    for (int64_t i = 0; i < n; ++i) out[i] = apply(i, k);
   } else if (scales.step == kStep) {
-    const OrdinarySteps steps(scales, n / kStep, g);
-    for (int64_t i = 0; i < n; i += kStep) {
-      const OrdinaryScale k = steps.at(i / kStep);
-      QUARK_VECTORIZE
-      for (int64_t j = i; j < i + kStep; ++j) out[j] = Body::template apply<kIsInteger>(x[j], k, g);
+    const int64_t count = n / kStep;
+    const OrdinarySteps<R> steps(scales, count, g);
+    for (int64_t i = 0; i < count; ++i) {
+      const OrdinaryScale k = steps.at(i);
+      QUARK_VECTORIZE_STEP
+      for (int64_t j = kStep * i; j < kStep * i + kStep; ++j) out[j] = apply(j, k);
     }
   } else {
     const float *s = scales.s, *z = scales.z;
     QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = Body::template apply<kIsInteger>(x[i], ordinary_scale(s[i], z[i], g), g);
+    for (int64_t i = 0; i < n; ++i) out[i] = apply(i, ordinary_scale<R>(s[i], z[i], g));
   }
 }
 
-template <class Body>
+template <class Body, Rounding R = Rounding::half_even>
 OrdinaryLoop ordinary_loop_for(const QuantSpec& spec) {
-  return spec.format.is_integer() ? ordinary_loop<Body, true> : ordinary_loop<Body, false>;
+  return spec.format.is_integer() ? ordinary_loop<Body, true, R> : ordinary_loop<Body, false, R>;
 }
 
 /// The loop for ordinary scales, or nullptr where a spec or what it is for (`is_to_codes`: quantization) has none.
 template <class Body>
 OrdinaryLoop ordinary_loop_for(const QuantSpec& spec, DType data, bool is_to_codes) {
+  constexpr Rounding kRandom = Rounding::stochastic;
   if (spec.format.is_cast()) return nullptr;
   if constexpr (std::is_same_v<Body, DequantizeBody>) return ordinary_loop_for<DequantizeOrdinary>(spec);
+  const bool is_random = spec.rounding == kRandom;
   const bool is_narrow = spec.narrow && (data == DType::float16 || data == DType::bfloat16);
   const bool is_finite_only = spec.shares_exponent() && spec.ieee;
-  if (spec.rounding != Rounding::half_even || spec.reciprocal || spec.shifted || is_narrow || is_finite_only)
-    return nullptr;
-  if constexpr (std::is_same_v<Body, FakeQuantizeBody>) return ordinary_loop_for<FakeQuantizeOrdinary>(spec);
+  if (spec.reciprocal || spec.shifted || is_narrow || is_finite_only) return nullptr;
+  if (spec.rounding != Rounding::half_even && !is_random) return nullptr;
+  if constexpr (std::is_same_v<Body, FakeQuantizeBody>)
+    return is_random ? ordinary_loop_for<FakeQuantizeOrdinary, kRandom>(spec)
+                     : ordinary_loop_for<FakeQuantizeOrdinary>(spec);
   if constexpr (std::is_same_v<Body, QuantizeBody>)
-    if (is_to_codes) return ordinary_loop_for<QuantizeOrdinary>(spec);
+    if (is_to_codes)
+      return is_random ? ordinary_loop_for<QuantizeOrdinary, kRandom>(spec) : ordinary_loop_for<QuantizeOrdinary>(spec);
   return nullptr;
 }
 

@@ -382,8 +382,8 @@ QUARK_INLINE float decode(uint32_t code, const Grid& g, uint32_t bits) {
 
 // ---- ordinary scales ----------------------------------------------------------------------------------------------
 
-// Nearly every scale is one with which nothing overflows or loses bits, and then fewer steps give the same numbers:
-// rounding is to nearest even, and only a NaN x is a special case.
+// Nearly every scale is one with which nothing overflows or loses bits, and then fewer steps give the same numbers,
+// rounded to nearest even or stochastically. Only a NaN x is a special case.
 
 /// A scale and zero point with what follows from them once for many elements.
 struct OrdinaryScale {
@@ -391,15 +391,19 @@ struct OrdinaryScale {
   float lo, hi;  ///< x is clamped to these first: the ends of the range, less z, times s
 };
 
+/// Where rounding is random x isn't clamped to the ends but beyond them, as the quotient of an end may lie below it.
+template <Rounding R>
 QUARK_INLINE OrdinaryScale ordinary_scale(float s, float z, const Grid& g) {
-  return {s, z, 1.0f / s, (g.lo - z) * s, (g.hi - z) * s};
+  const float lo = (g.lo - z) * s, hi = (g.hi - z) * s;
+  if constexpr (R == Rounding::stochastic) return {s, z, 1.0f / s, lo - magnitude(lo), hi + magnitude(hi)};
+  return {s, z, 1.0f / s, lo, hi};
 }
 
-/// Whether s and z are ordinary, for codes up to `largest` in magnitude and results up to `limit`. Where |x| is below
-/// 2^-40 * s its quotient needn't be exact; from there up s >= 2^-60 keeps the remainder in quotient_of exact.
+/// Whether s and z are ordinary, for codes up to `largest` in magnitude and results up to `limit`. With s from 2^-48 up
+/// quotient_of's remainder is exact for |x| >= 2^-100; a lesser x is so far below every grid that it becomes 0.
 QUARK_INLINE bool is_ordinary(float s, float z, float largest, float limit) {
   const float reach = largest + magnitude(z);
-  return s >= 0x1p-60f && s <= 0x1p60f && reach <= 0x1p20f && reach * s <= limit && (z + 0x1.8p23f) - 0x1.8p23f == z;
+  return s >= 0x1p-48f && s <= 0x1p60f && reach <= 0x1p20f && reach * s <= limit && (z + 0x1.8p23f) - 0x1.8p23f == z;
 }
 
 /// x / s. With a fused multiply-add the remainder corrects x * (1 / s) to the nearest float (Brisebarre, Muller, Raina:
@@ -413,38 +417,62 @@ QUARK_INLINE float quotient_of(float x, const OrdinaryScale& k) {
 #endif
 }
 
-/// R(x / s) inside the range, less z. NaN is NaN.
-template <bool kIsInteger>
-QUARK_INLINE float round_ordinary(float x, const OrdinaryScale& k, const Grid& g) {
-  const float v = quotient_of(clamp(x, k.lo, k.hi), k);
-  if constexpr (kIsInteger) return (v + 0x1.8p23f) - 0x1.8p23f;
+/// A magnitude below 2^22 to an integer, up where `random` is below the fraction's 32 bits.
+QUARK_INLINE float round_randomly(float m, uint32_t random) {
+  const float down = float(int32_t(m));
+  const float scaled = (m - down) * 0x1p16f;
+  const auto high = int32_t(scaled);
+  const auto low = int32_t((scaled - float(high)) * 0x1p16f);
+  return down + (random < (uint32_t(high) << 16 | uint32_t(low)) ? 1.0f : 0.0f);
+}
+
+/// R(x / s) inside the range, less z. NaN is NaN where R is nearest, else x mustn't be one.
+template <bool kIsInteger, Rounding R>
+QUARK_INLINE float round_ordinary(float x, uint32_t random, const OrdinaryScale& k, const Grid& g) {
+  constexpr bool kIsRandom = R == Rounding::stochastic;
+  float v = quotient_of(clamp(x, k.lo, k.hi), k);
+  if constexpr (kIsRandom) v = clamp(v, g.lo - k.z, g.hi - k.z);
+  if constexpr (kIsInteger) {
+    if constexpr (kIsRandom) return float_of(bits_of(round_randomly(magnitude(v), random)) | sign_of(v)) + 0.0f;
+    return (v + 0x1.8p23f) - 0x1.8p23f;
+  }
   const uint32_t exponent = bits_of(v) & kInfinity;
-  const float anchor = float_of((exponent > g.min_exp ? exponent : g.min_exp) + ((23u - g.mantissa) << 23));
-  return float_of(bits_of((magnitude(v) + anchor) - anchor) | sign_of(x)) + g.plus_zero;
+  const uint32_t e = exponent > g.min_exp ? exponent : g.min_exp;
+  if constexpr (kIsRandom) {
+    const uint32_t spacing = e - (g.mantissa << 23);
+    const float m = round_randomly(magnitude(v) * float_of((254u << 23) - spacing), random) * float_of(spacing);
+    return float_of(bits_of(m) | sign_of(x)) + g.plus_zero;
+  }
+  // As in round_to_grid, but the anchor is 1.5 times a power of two, so that it serves both signs. It loses that of 0.
+  const float anchor = float_of(e + ((23u - g.mantissa) << 23) + (1u << 22));
+  return float_of(bits_of((v + anchor) - anchor) | (sign_of(x) & bits_of(g.plus_zero)));
 }
 
 struct FakeQuantizeOrdinary {
-  template <bool kIsInteger>
-  static QUARK_INLINE float apply(float x, const OrdinaryScale& k, const Grid& g) {
-    const float y = round_ordinary<kIsInteger>(x, k, g) * k.s;
+  template <bool kIsInteger, Rounding R>
+  static QUARK_INLINE float apply(float x, uint32_t random, const OrdinaryScale& k, const Grid& g) {
+    const float number = R == Rounding::stochastic && is_nan(x) ? 0.0f : x;
+    const float y = round_ordinary<kIsInteger, R>(number, random, k, g) * k.s;
     return is_nan(x) ? nan_like(x) : y;
   }
 };
 
-/// For codes: which NaN it is doesn't matter.
+/// For codes: which NaN it is doesn't matter, and integers have none.
 struct QuantizeOrdinary {
-  template <bool kIsInteger>
-  static QUARK_INLINE float apply(float x, const OrdinaryScale& k, const Grid& g) {
-    const float number = float_of(bits_of(x) & (is_nan(x) ? g.kept_nan : ~0u));
-    const float y = round_ordinary<kIsInteger>(number, k, g);
+  template <bool kIsInteger, Rounding R>
+  static QUARK_INLINE float apply(float x, uint32_t random, const OrdinaryScale& k, const Grid& g) {
+    constexpr bool kIsRandom = R == Rounding::stochastic;
+    const uint32_t nan = kIsInteger || kIsRandom ? 0u : g.kept_nan;
+    const float y = round_ordinary<kIsInteger, R>(float_of(bits_of(x) & (is_nan(x) ? nan : ~0u)), random, k, g);
     if constexpr (kIsInteger) return y + k.z;
+    if constexpr (kIsRandom) return is_nan(x) && g.kept_nan ? nan_like(x) : y;
     return y;
   }
 };
 
 struct DequantizeOrdinary {
-  template <bool kIsInteger>
-  static QUARK_INLINE float apply(float y, const OrdinaryScale& k, const Grid&) {
+  template <bool kIsInteger, Rounding R>
+  static QUARK_INLINE float apply(float y, uint32_t, const OrdinaryScale& k, const Grid&) {
     if constexpr (kIsInteger) return (y - k.z) * k.s;
     return y * k.s;
   }

@@ -40,7 +40,7 @@ template <class Key>
 QUARK_INLINE Extremes extremes_of(const float* x, int64_t n, const Grid& grid) {
   const Grid g = grid;
   uint32_t low = 0, high = 0;
-  QUARK_VECTORIZE
+  QUARK_VECTORIZE_STEP
   for (int64_t i = 0; i < n; ++i) {
     const Extremes e = Key::of(x[i], g);
     low = max(low, e.low);
@@ -194,6 +194,8 @@ class ScaleRuler {
 class ScaleWriter {
  public:
   ScaleWriter(const TensorView& scale, const TensorView* zero) : scale_(scale), zero_(zero) {}
+
+  bool has_zero_points() const { return zero_ != nullptr; }
 
   void store(int64_t index, const ScaleAndZero& r) const {
     if (zero_) static_cast<int32_t*>(zero_->data)[index] = r.zero_point;
@@ -472,6 +474,32 @@ inline void halve_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, con
   }
 }
 
+/// `n` numbers, each of `from` so many times in a row.
+template <class T>
+void repeat(const T* from, int64_t times, int64_t n, float* to) {
+  const auto repeat_by = [=](auto count) {
+    for (int64_t i = 0; i < n; ++i) to[i] = float(from[i / count]);
+  };
+  if (times == 1) return repeat_by(std::integral_constant<int64_t, 1>());
+  if (times == 2) return repeat_by(std::integral_constant<int64_t, 2>());
+  for (int64_t i = 0, left = times; i < n; ++i, --left) {
+    if (left == 0) ++from, left = times;
+    to[i] = float(*from);
+  }
+}
+
+/// From the scales of a tile's `n` groups to the tile's: an entry for every `step` neighbours if groups consist of
+/// these, else for every element. No zero points: `z` is null.
+inline TileScales spread(const GroupScales& groups, int64_t step, int64_t group, int64_t n, int64_t count, float* s,
+                         float* z) {
+  if (group % step != 0 || count % step != 0) step = 1;
+  if (n == 1 && step > 1) step = kTile;
+  const int64_t times = step == kTile ? 1 : group / step, entries = step == kTile ? 1 : count / step;
+  repeat(groups.scale, times, entries, s);
+  if (z) repeat(groups.zero_point, times, entries, z);
+  return {s, z ? z : kNoZeroPoints, step};
+}
+
 /// Chooses the scales of runs and calls apply(begin, count, values, scales) for every tile while it is in the cache.
 /// `values` are its elements, `scales` its TileScales.
 template <class Apply>
@@ -494,7 +522,8 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
       extremes.groups(values, count, runs.group, groups.low, groups.high);
       scale_of(groups, n);
       writer.store(index, groups, n);
-      const TileScales scales = spread(groups, n, count, s, z);
+      const int64_t least = pair_bits ? 1 : kStep;
+      const TileScales scales = spread(groups, least, runs.group, n, count, s, writer.has_zero_points() ? z : nullptr);
       if (pair_bits) halve_pairs(values, s, count, pair_bits + pair_byte, extremes.grid());
       apply(begin, count, values, scales);
     }
@@ -511,19 +540,6 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
         const int64_t n = min(kTile, count - at);
         apply(begin + at, n, extremes.data().load(begin + at, n, x), TileScales{&s, &z, kTile});
       }
-    }
-
-    /// From the groups' scales to the tile's.
-    TileScales spread(const GroupScales& groups, int64_t n, int64_t count, float* s, float* z) const {
-      int64_t step = runs.group % kStep == 0 && count % kStep == 0 ? kStep : 1;
-      if (n == 1) step = kTile;
-      if (pair_bits) step = 1;
-      const int64_t entries = step == kTile ? 1 : count / step, per_group = step == kTile ? 1 : runs.group / step;
-      for (int64_t k = 0, i = 0; k < n; ++k) {
-        const float scale = groups.scale[k], zero = float(groups.zero_point[k]);
-        for (const int64_t end = min(i + per_group, entries); i < end; ++i) s[i] = scale, z[i] = zero;
-      }
-      return {s, z, step};
     }
   };
   ExtremesReader extremes(x, spec);

@@ -13,8 +13,11 @@
 #endif
 #if defined(__clang__)
 #define QUARK_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#define QUARK_VECTORIZE_STEP QUARK_VECTORIZE
 #else
 #define QUARK_VECTORIZE _Pragma("GCC ivdep")
+// Of constant length: else GCC unrolls a short body into scalar code before it looks for vectors.
+#define QUARK_VECTORIZE_STEP _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
 namespace quark::QUARK_LEVEL {
@@ -363,6 +366,16 @@ inline constexpr int64_t kPackingSlack = 8;
 /// Code i is bits [bits * i, bits * i + bits) of a little-endian bit stream; the last byte is filled with zero bits.
 /// Codes and bytes have room for whole words.
 inline void pack_codes(const uint8_t* codes, int64_t n, uint32_t bits, uint8_t* bytes) {
+  if (bits == 4) {  // pairs are enough
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < (n + 1) / 2; ++i) {
+      uint16_t pair;
+      __builtin_memcpy(&pair, codes + 2 * i, 2);
+      bytes[i] = uint8_t((pair & 0xfu) | (pair >> 4 & 0xf0u));
+    }
+    if (n % 2) bytes[n / 2] &= 0xfu;
+    return;
+  }
   const BitPacking packing(bits);
   alignas(64) uint64_t words[kTile / 8];
   const int64_t whole = n / 8, rest = n % 8;
@@ -383,6 +396,14 @@ inline void pack_codes(const uint8_t* codes, int64_t n, uint32_t bits, uint8_t* 
 
 /// The reverse.
 inline void unpack_codes(const uint8_t* bytes, int64_t n, uint32_t bits, uint8_t* codes) {
+  if (bits == 4) {
+    QUARK_VECTORIZE
+    for (int64_t i = 0; i < (n + 1) / 2; ++i) {
+      const auto pair = uint16_t((bytes[i] & 0xfu) | (bytes[i] & 0xf0u) << 4);
+      __builtin_memcpy(codes + 2 * i, &pair, 2);
+    }
+    return;
+  }
   const BitPacking packing(bits);
   alignas(64) uint64_t words[kTile / 8 + 1];
   const int64_t count = (n + 7) / 8;

@@ -83,13 +83,14 @@ class Elementwise {
   QUARK_INLINE void tile(int64_t begin, int64_t count, const float* values, const TileScales& scales) const {
     alignas(64) float y[kTile];
     float* to = out_.target(begin, y, stream_);
+    alignas(64) uint32_t words[Random::kBuffer];
+    const uint32_t* random = random_.load(begin, count, words);
     if (ordinary_ && are_ordinary(scales, count, largest_, limit_)) {
-      ordinary_(values, to, count, scales, grid_);
+      ordinary_(values, random, to, count, scales, grid_);
     } else {
       alignas(64) float others[kTile];
-      alignas(64) uint32_t random[Random::kBuffer];
       const float* second = other_ ? other_->load(begin, count, others) : values;
-      loop_(values, second, random_.load(begin, count, random), to, count, scales, limit_, grid_);
+      loop_(values, second, random, to, count, scales, limit_, grid_);
     }
     out_.store(begin, count, to, stream_);
   }
