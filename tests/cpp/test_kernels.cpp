@@ -1107,6 +1107,91 @@ TEST(known_answers) {
   }
 }
 
+// ---- rounding's boundaries ----------------------------------------------------------------------------------------
+
+/// x at and next to the numbers where a quotient by s changes its code or meets an end, and every special float.
+std::vector<float> hard_values(Random& random, const Grid& g, bool is_integer, float s, float z) {
+  std::vector<float> all = {0.0f,
+                            -0.0f,
+                            FLT_MIN,
+                            -FLT_MIN,
+                            0x1p-149f,
+                            -0x1p-149f,
+                            0x1p-100f,
+                            -0x1p-101f,
+                            FLT_MAX,
+                            -FLT_MAX,
+                            INFINITY,
+                            -INFINITY,
+                            NAN,
+                            -NAN,
+                            0x1p-60f,
+                            0x1.8p-110f,
+                            0x1p-126f,
+                            float_of(0x7f800001u),
+                            float_of(0xffc12345u)};
+  const auto put_near = [&](double v) {
+    auto x = float(v * double(s));
+    for (int i = 0; i < 2; ++i) x = std::nextafter(x, -INFINITY);
+    for (int i = 0; i < 5; ++i, x = std::nextafter(x, INFINITY)) all.push_back(x);
+  };
+  put_near(double(g.lo) - double(z));
+  put_near(double(g.hi) - double(z));
+  for (int i = 0; i < 200; ++i) {
+    const double share = double(random.bits() >> 40) / double(1 << 24);
+    double v = double(g.lo) + share * (double(g.hi) - double(g.lo)) - double(z);
+    double spacing = 1.0;
+    if (!is_integer) {
+      v = std::ldexp(v, -int(random.between(0, 20)));
+      const int exponent = std::max(std::ilogb(v == 0.0 ? 1.0 : v), exponent_field(g.min_exp));
+      spacing = std::ldexp(1.0, exponent - int(g.mantissa));
+    }
+    put_near((std::floor(v / spacing) + 0.5) * spacing);
+  }
+  all.resize((all.size() + 15) / 16 * 16, 1.0f);
+  return all;
+}
+
+/// Scales from one end of what is ordinary to the other, and past both: the shortcuts that they allow change no bit.
+TEST(boundaries) {
+  Random random(640);
+  quark::SerialExecutor serial;
+  for (const char* format : {"int8", "int2", "uint4", "uint8", "int16", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fnuz",
+                             "fp8_e5m2fnuz", "fp6_e2m3", "fp4", "int8f6"}) {
+    for (const char* rounding : {"half_even", "stochastic"}) {
+      for (const int exponent : {-127, -100, -61, -49, -48, -47, -20, -7, 0, 9, 59, 60, 61, 100}) {
+        for (const int64_t shared : {0, 16, 1}) {  // elements of a scale; 0: all
+          for (const Op op : {Op::fake_quantize, Op::quantize}) {
+            Case c{op, std::string(format) + " block=" + std::to_string(shared) + " rounding=" + rounding, {}, {}, {}};
+            CHECK(quark::parse_spec(c.text, c.spec).ok());
+            const Format& f = c.spec.format;
+            // Mantissas near 2 make the poorest reciprocals.
+            const auto mantissa = uint32_t(random.chance(50) ? random.bits() : 0x7fffff - random.between(0, 200));
+            const float s = std::ldexp(float_of(0x3f800000u | (mantissa & 0x7fffffu)), exponent);
+            const float z = f.is_integer() && random.chance(50) ? float(random.between(-20, 20)) : 0.0f;
+            const std::vector<float> x = hard_values(random, make_grid(c.spec), f.is_integer(), s, z);
+            const auto n = int64_t(x.size());
+            const DType dtypes[] = {DType::float32, DType::bfloat16, DType::float16};
+            const DType dtype = dtypes[random.between(0, 2)];
+            c.in.emplace_back(random, dtype, Shape{n});
+            for (int64_t i = 0; i < n; ++i) c.in[0].put_number(i, double(x[size_t(i)]));
+            const int64_t scales = shared == 0 ? 1 : n / shared;
+            c.in.emplace_back(random, DType::float32, Shape{scales});
+            for (int64_t i = 0; i < scales; ++i) c.in[1].put(i, s);
+            if (c.spec.rounding == Rounding::stochastic) c.in.emplace_back(random, DType::int32, Shape{2});
+            if (z != 0.0f) {
+              c.in.emplace_back(random, DType::int32, Shape{scales});
+              for (int64_t i = 0; i < scales; ++i) c.in.back().put(i, int32_t(z));
+            }
+            c.out.emplace_back(random, op == Op::quantize ? f.storage : dtype, Shape{n});
+            check_case(c, serial, "serial");
+          }
+        }
+      }
+    }
+  }
+}
+
 // ---- spoiled calls ------------------------------------------------------------------------------------------------
 
 /// Good calls about which something has been changed: they are refused and nothing is written, or they are good all the
