@@ -290,6 +290,18 @@ struct StepReader {
   static Walk& walk_of_reader(ScaleReader& scales) { return scales.walk(); }
 };
 
+/// The scales of up to kPairByte neighbours, from the first pair of a byte of pair bits on: halved where the bit is
+/// set.
+QUARK_INLINE void halve_pairs_of(uint32_t byte, const float* scales, int64_t n, float* to) {
+  const auto halve = [=](int64_t i) { to[i] = scales[i] * (byte >> uint32_t(i / 2) & 1u ? 0.5f : 1.0f); };
+  if (n == kPairByte) {
+    QUARK_VECTORIZE_STEP
+    for (int64_t i = 0; i < kPairByte; ++i) halve(i);
+  } else {
+    for (int64_t i = 0; i < n; ++i) halve(i);
+  }
+}
+
 /// The walk of pair bits over the elements that they belong to; they have the data's axes, the block's one shorter.
 inline Walk pair_walk(const TensorView& bits, const int64_t* shape, int axis) {
   Walk w;
@@ -347,6 +359,8 @@ class Scales {
   QUARK_INLINE const float* halve_pairs(int64_t begin, int64_t count, const float* scales, float* to) const {
     pairs_.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
       const int64_t along = (begin + position) / inner_ % length_, step = inner_ == 1 && length_ > 1 ? 1 : 0;
+      if (step == 1 && stride == 0 && along % kPairByte == 0)
+        return halve_pairs_of(pair_bits_[offset], scales + position, n, to + position);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t bit = (along + i * step) % kPairByte / 2;
         const bool is_half = (pair_bits_[offset + i * stride] >> bit & 1) != 0;

@@ -460,17 +460,23 @@ void for_each_unit(const GroupRuns& runs, Executor& executor, const F& f) {
 /// The bits of a tile's pairs, as choose_pairs writes them, and their scales halved. The tile starts on a byte of bits.
 inline void halve_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, const Grid& grid) {
   const Grid g = grid;
-  alignas(64) uint8_t below[kTile + kPairByte];
-  std::memset(below, 1, sizeof(below));  // a neighbour beyond the end counts as 0
-  QUARK_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) below[i] = is_below_exponent(x[i], s[i], g) ? 1 : 0;
-  const int64_t pairs = (n + 1) / 2;
-  for (int64_t j = 0; j < pairs; ++j) below[j] = below[2 * j] & below[2 * j + 1];
-  for (int64_t i = 0; i < n; ++i) s[i] *= below[i / 2] ? 0.5f : 1.0f;
-  for (int64_t j = 0; j < pairs; j += 8) {
-    uint32_t byte = 0;
-    for (int64_t k = j; k < min(j + 8, pairs); ++k) byte |= uint32_t(below[k]) << (k - j);
-    bytes[j / 8] = uint8_t(byte);
+  for (int64_t at = 0; at < n; at += kPairByte) {
+    const int64_t count = min(kPairByte, n - at);
+    uint32_t below = count < kPairByte ? ~0u << uint32_t(count) : 0u;  // a neighbour beyond the end counts as 0
+    const auto add = [&](int64_t i) { below |= is_below_exponent(x[at + i], s[at + i], g) ? 1u << uint32_t(i) : 0u; };
+    if (count == kPairByte) {
+      QUARK_VECTORIZE_STEP
+      for (int64_t i = 0; i < kPairByte; ++i) add(i);
+    } else {
+      for (int64_t i = 0; i < count; ++i) add(i);
+    }
+    // Element bits 2 j and 2 j + 1 to pair bit j: the even bits move together.
+    uint32_t both = below & below >> 1 & 0x5555u;
+    both = (both | both >> 1) & 0x3333u;
+    both = (both | both >> 2) & 0x0f0fu;
+    both = (both | both >> 4) & ((1u << uint32_t((count + 1) / 2)) - 1u);
+    bytes[at / kPairByte] = uint8_t(both);
+    halve_pairs_of(both, s + at, count, s + at);
   }
 }
 
