@@ -94,9 +94,12 @@ generated: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/transforms.json
 
 # ---- long forms ------------------------------------------------------------------------------------------------------
 
+# Options of benchmarks/bench.py, as in: make bench BENCH="--peers --docs"
+BENCH ?=
+
 bench: $(VENV)/.installed
 	$(PIP) matplotlib
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 # One wheel under every supported jaxlib, and the C++ tests under sanitizers.
 harden: $(VENV)/.installed

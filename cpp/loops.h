@@ -23,7 +23,20 @@ QUARK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 /// `block` before it is multiplied by the stride.
 struct Walk {
   int rank = 0;
-  int64_t size[2 * kMaxRank] = {}, stride[2 * kMaxRank] = {}, block[2 * kMaxRank] = {};
+  int64_t size[2 * kMaxRank], stride[2 * kMaxRank], block[2 * kMaxRank];
+
+  // Only the axes that there are: a small call would see the cost of the others.
+  Walk() = default;
+  Walk(const Walk& other) { *this = other; }
+  Walk& operator=(const Walk& other) {
+    rank = other.rank;
+    for (int d = 0; d < rank; ++d) {
+      size[d] = other.size[d];
+      stride[d] = other.stride[d];
+      block[d] = other.block[d];
+    }
+    return *this;
+  }
 
   /// Adds an axis inside the others, merged with the axis before it where one stride serves both.
   void push(int64_t n, int64_t step, int64_t neighbours) {
@@ -313,7 +326,7 @@ class Scales {
  public:
   Scales(const ScaleTensors& tensors, const int64_t* shape, const QuantSpec& spec)
       : scale_(*tensors.scale, scale_walk(*tensors.scale, shape, spec), tensors.tensor_scale, spec),
-        zero_(zero_or_scale(tensors), scale_walk(zero_or_scale(tensors), shape, spec)),
+        zero_(zero_or_scale(tensors), tensors.zero_point ? scale_walk(*tensors.zero_point, shape, spec) : Walk()),
         scale_steps_(scale_),
         zero_steps_(zero_),
         has_zero_(tensors.zero_point != nullptr) {

@@ -74,6 +74,12 @@ bool same_view(const TensorView& a, const TensorView& b) {
          std::memcmp(a.strides, b.strides, sizeof(int64_t) * size_t(a.rank)) == 0;
 }
 
+/// A tensor in a message, which most calls don't come to write.
+struct Name {
+  const char* role;
+  size_t index;
+};
+
 /// One call's tensors against its row and spec.
 class Checker {
  public:
@@ -92,7 +98,7 @@ class Checker {
   Status check_batch(int64_t* lengths) const {
     if (Status s = check_tensors(); !s.ok()) return s;
     for (int d = 0; d < spec_.batch; ++d) lengths[d] = 1;
-    const auto take = [&](const TensorView& t, const std::string& name, bool is_output) -> Status {
+    const auto take = [&](const TensorView& t, Name name, bool is_output) -> Status {
       if (t.rank < spec_.batch)
         return value_error(here(name) + " has shape " + text_of(t) + "; the spec has " + std::to_string(spec_.batch) +
                            " batch axes");
@@ -105,9 +111,9 @@ class Checker {
       return {};
     };
     for (size_t i = 0; i < in_.size(); ++i)
-      if (Status s = take(in_[i], "input " + std::to_string(i), false); !s.ok()) return s;
+      if (Status s = take(in_[i], Name{"input ", i}, false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
-      if (Status s = take(out_[i], "output " + std::to_string(i), true); !s.ok()) return s;
+      if (Status s = take(out_[i], Name{"output ", i}, true); !s.ok()) return s;
     return check_overlaps();
   }
 
@@ -115,9 +121,9 @@ class Checker {
   Status check_kinds() {
     if (Status s = find_logical_shape(); !s.ok()) return s;
     for (size_t i = 0; i < in_.size(); ++i)
-      if (Status s = check_kind(in_[i], ins_[i], "input " + std::to_string(i), false); !s.ok()) return s;
+      if (Status s = check_kind(in_[i], ins_[i], Name{"input ", i}, false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
-      if (Status s = check_kind(out_[i], outs_[i], "output " + std::to_string(i), true); !s.ok()) return s;
+      if (Status s = check_kind(out_[i], outs_[i], Name{"output ", i}, true); !s.ok()) return s;
     if (Status s = check_scale_format(); !s.ok()) return s;
     return is_learned() ? check_learned() : Status();
   }
@@ -141,6 +147,7 @@ class Checker {
   }
 
   std::string here(const std::string& argument) const { return std::string(row_.name) + ": " + argument; }
+  std::string here(Name name) const { return here(std::string(name.role) + std::to_string(name.index)); }
 
   bool is_learned() const { return std::strchr(row_.ins, 'n') != nullptr; }
   bool is_threshold() const { return std::string_view(row_.name).starts_with("tqt"); }
@@ -149,9 +156,9 @@ class Checker {
   Status check_tensors() const {
     if (Status s = check_counts(); !s.ok()) return s;
     for (size_t i = 0; i < in_.size(); ++i)
-      if (Status s = check_memory(in_[i], "input " + std::to_string(i), false); !s.ok()) return s;
+      if (Status s = check_memory(in_[i], Name{"input ", i}, false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
-      if (Status s = check_memory(out_[i], "output " + std::to_string(i), true); !s.ok()) return s;
+      if (Status s = check_memory(out_[i], Name{"output ", i}, true); !s.ok()) return s;
     return {};
   }
 
@@ -185,7 +192,7 @@ class Checker {
     return {};
   }
 
-  Status check_memory(const TensorView& t, const std::string& name, bool is_output) const {
+  Status check_memory(const TensorView& t, Name name, bool is_output) const {
     if (t.device != Device::cpu)
       return {ErrorKind::unsupported, here(name) + " is on a GPU; this build has CPU kernels only"};
     int64_t n = 1;
@@ -203,7 +210,7 @@ class Checker {
     return {};
   }
 
-  Status check_kind(const TensorView& t, char kind, const std::string& name, bool is_output) const {
+  Status check_kind(const TensorView& t, char kind, Name name, bool is_output) const {
     switch (kind) {
       case 'x':
         if (!is_float(t.dtype)) return wrong_dtype(t, name, "float32, float16, bfloat16 or float64");
@@ -284,7 +291,7 @@ class Checker {
   /// A floating zero point has no place in codes, unless it is added before rounding.
   bool takes_float_zero() const { return spec_.shifted || !std::strchr(row_.outs, 'q'); }
 
-  Status check_codes(const TensorView& t, const std::string& name, bool is_output) const {
+  Status check_codes(const TensorView& t, Name name, bool is_output) const {
     const DType wanted = spec_.packed ? DType::uint8 : spec_.format.storage;
     const bool is_wide = spec_.ieee && spec_.format.is_integer() && !spec_.packed;
     if (is_wide && is_output && t.dtype != DType::int32) return wrong_dtype(t, name, "int32");
@@ -310,7 +317,7 @@ class Checker {
     return n;
   }
 
-  Status check_scales(const TensorView& t, const std::string& name, bool is_output) const {
+  Status check_scales(const TensorView& t, Name name, bool is_output) const {
     int64_t shape[kMaxRank];
     const int64_t n = scale_shape(shape);
     if (is_output && !is_contiguous(t)) return value_error(here(name) + " must be contiguous");
@@ -370,12 +377,12 @@ class Checker {
     return {};
   }
 
-  Status expect_shape(const TensorView& t, const int64_t* shape, int rank, const std::string& name) const {
+  Status expect_shape(const TensorView& t, const int64_t* shape, int rank, Name name) const {
     if (same_shape(t, shape, rank)) return {};
     return value_error(here(name) + " has shape " + text_of(t) + "; expected " + text_of(shape, rank));
   }
 
-  Status wrong_dtype(const TensorView& t, const std::string& name, const char* allowed) const {
+  Status wrong_dtype(const TensorView& t, Name name, const char* allowed) const {
     return type_error(here(name) + " has dtype " + name_of(t.dtype) + "; allowed: " + allowed);
   }
 

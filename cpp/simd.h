@@ -213,10 +213,11 @@ inline void encode_fixed(const float* y, uint8_t* codes, int64_t n, float per_st
   for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(int32_t(y[i] * per_step));
 }
 
+/// The reverse. Bits above the width are zero.
 inline void decode_fixed(const uint8_t* codes, float* y, int64_t n, uint32_t bits, bool is_signed, float step) {
-  const int32_t top = is_signed ? 1 << (bits - 1) : 0, mask = is_signed ? 2 * top - 1 : 0xff;
+  const int32_t top = is_signed ? 1 << (bits - 1) : 0;
   QUARK_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) y[i] = float(((int32_t(codes[i]) & mask) ^ top) - top) * step;
+  for (int64_t i = 0; i < n; ++i) y[i] = float((int32_t(codes[i]) ^ top) - top) * step;
 }
 
 #if defined(__F16C__)

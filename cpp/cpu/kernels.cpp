@@ -1,6 +1,4 @@
 // The CPU kernels. Compiled once per level with QUARK_LEVEL naming it; the flags differ, the source doesn't.
-#include <unistd.h>
-
 #include <type_traits>
 
 #include "../loops.h"
@@ -41,13 +39,7 @@ class Operands {
 int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
 /// Whether the results of a call are more than the last cache keeps, with the tensors that they are made from.
-bool is_streamed(int64_t bytes) {
-  static const int64_t cache = [] {
-    const long found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return found > 0 ? int64_t(found) : int64_t(16) << 20;
-  }();
-  return bytes > cache;
-}
+bool is_streamed(int64_t bytes) { return bytes > last_cache_bytes(); }
 
 /// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes. `data` is the dtype of the numbers.
 template <class Body, class In, class Out>
@@ -63,7 +55,7 @@ class Elementwise {
         grid_(make_grid(spec, shape.dtype)),
         loop_(tile_loop_for<Body>(spec, shape.dtype, scales_.has_zero_points())),
         ordinary_(ordinary_loop_for<Body>(spec, shape.dtype, std::is_same_v<Out, Codes>)),
-        stream_(is_streamed(x.bytes() + out.bytes())) {
+        stream_(out.bytes() >= x.bytes() && is_streamed(x.bytes() + out.bytes())) {
     if constexpr (std::is_same_v<Out, Data>) limit_ = limit_of(out.view.dtype, spec);
     if constexpr (std::is_same_v<In, Codes>) {
       largest_ = x.largest();

@@ -1,6 +1,8 @@
 // Which level this machine runs.
 #include "levels.h"
 
+#include <cinttypes>
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 
@@ -44,6 +46,19 @@ Choice choose() {
 }  // namespace
 
 std::span<const CpuLevel> cpu_levels() { return kLevels; }
+
+int64_t last_cache_bytes() {
+  static const int64_t bytes = [] {
+    // What glibc's sysconf says of it is, on some virtual machines, that of several.
+    int64_t kib = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
+      std::fclose(file);
+    }
+    return kib > 0 ? kib * 1024 : int64_t(16) << 20;
+  }();
+  return bytes;
+}
 
 Status cpu_level(const CpuLevel*& level) {
   static const Choice choice = choose();

@@ -14,4 +14,8 @@ namespace v4 {
 extern const Kernel kernels[kOpCount];
 }
 #endif
+
+/// The size of the cache that cores share.
+int64_t last_cache_bytes();
+
 }  // namespace quark

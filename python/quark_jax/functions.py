@@ -18,12 +18,13 @@ from quark_jax.qtensor import QTensor
 from quark_kernels import documented, schema
 from quark_kernels.documented import Given, Layout, LearnPlan
 from quark_kernels.formats import FIXED_ROUNDINGS
-from quark_kernels.schema import OpSpec, QParams
+from quark_kernels.schema import OPS, CallPlan, OpSpec, Part, QParams, Shape
 from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 
 ONE: Any = np.float32(1)
 """The scale 1."""
 NUMBER = "a number, a jax.Array or a NumPy array"
+DATA_DTYPES = tuple(jnp.dtype(name) for name in schema.FLOAT_DTYPES)
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
@@ -55,7 +56,8 @@ def _expect_32_bits(name: str, x: np.ndarray[Any, Any] | np.generic) -> None:
 def check_data(name: str, x: object) -> jax.Array:
     """Return ``x`` as a JAX array. Raises TypeError unless it is an array of a data dtype."""
     x = check_array(name, x)
-    schema.expect_float(name, x.dtype.name)
+    if x.dtype not in DATA_DTYPES:
+        schema.expect_float(name, x.dtype.name)
     schema.expect_rank(name, x.ndim)
     return x
 
@@ -74,33 +76,86 @@ def resolve_spec(spec: object) -> QuantSpec:
     return as_spec(spec, None if spec is None else _dtype_name(spec))
 
 
-def _qparams(spec: QuantSpec, op_spec: OpSpec, x: jax.Array, scale: Any, zero_point: Any, seed: Any = None) -> QParams:
-    """The given scale, zero point and seed in normal form; no scale where it is dynamic."""
-    schema.check_seed(spec, given=seed is not None)
-    key = None if seed is None else _key(seed)
-    schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
+Kind = tuple[Shape, Any] | bool
+"""What a plan needs to know of a scale or zero point: the type of an array, or whether there is a number instead."""
+
+
+def kind(a: Any) -> Kind:
+    """Return what a plan needs to know of a scale or zero point."""
+    is_array = isinstance(a, jax.Array) or (isinstance(a, np.generic) and not isinstance(a, numbers.Real))
+    return (a.shape, a.dtype) if is_array else a is not None
+
+
+def _part(kind: Kind) -> Part | bool:
+    """A kind as the schema knows it."""
+    return kind if isinstance(kind, bool) else Part(kind[0], kind[1].name)
+
+
+def _plan(
+    spec: Any,
+    shape: Shape,
+    axis: int | None,
+    group_size: int | None,
+    packed: bool | None,
+    scale: Kind,
+    zero_point: Kind,
+    has_seed: bool,
+) -> CallPlan:
+    whole, parts = resolve_spec(spec), (_part(scale), _part(zero_point))
+    return schema.call_plan(whole, shape, axis, group_size, packed, *parts, has_seed)
+
+
+def _qparams(
+    spec: Any,
+    x: jax.Array,
+    axis: int | None,
+    group_size: int | None,
+    packed: bool | None,
+    scale: Any,
+    zero_point: Any,
+    seed: Any,
+) -> tuple[CallPlan, QParams]:
+    """The plan of a call, and the given scale, zero point and seed; no scale where it is dynamic.
+
+    They aren't in normal form yet: that costs more than all else outside of jit, so it is done within.
+    """
+    scale, zero_point = _array_or_number("scale", scale), _array_or_number("zero_point", zero_point)
+    has_seed = seed is not None
+    kinds = kind(scale), kind(zero_point)
+    plan = schema.planned(_plan, spec, x.shape, axis, group_size, packed, *kinds, has_seed)
+    key = _key(seed) if has_seed else None
     if scale is None:
-        return QParams(key=key)
-    is_number = spec.scale_format in ("float32", "e4m3")
-    if isinstance(scale, numbers.Real) and is_number:
-        scale = float32("scale", scale)
+        return plan, QParams(key=key)
+    if not isinstance(scale, jax.Array):
+        is_number = plan.spec.scale_format in ("float32", "e4m3")
+        scale = float32("scale", scale) if is_number else check_array("scale", scale)
+    if plan.op_spec.has_global_scale:
+        return plan, _choose_blocks(x, scale, plan.op_spec)._replace(key=key)
     if isinstance(zero_point, numbers.Integral):
         zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
-    scale = check_array("scale", scale)
-    if is_number:
-        scale = _narrow_scale("scale", scale).astype(np.float32)
-    schema.expect_scale_of(spec, scale.dtype.name)
-    normal = () if op_spec.has_global_scale else op_spec.scale_shape(x.shape)
-    schema.expect_scale_shape("scale", scale.shape, spec, normal, x.shape)
-    scale = scale.reshape(normal)
-    if op_spec.has_global_scale:
-        return QParams(_choose_blocks(x, scale, op_spec), scale, None, key)
-    if zero_point is not None:
+    elif zero_point is not None:
         zero_point = check_array("zero_point", zero_point)
-        schema.expect_integer("zero_point", zero_point.dtype.name)
-        schema.expect_scale_shape("zero_point", zero_point.shape, spec, normal, x.shape)
-        zero_point = _int32(zero_point.reshape(normal))
-    return QParams(scale, None, None, key, zero_point)
+    return plan, QParams(scale, None, None, key, zero_point)
+
+
+def _array_or_number(name: str, a: Any) -> Any:
+    """A given scale or zero point: None, a number or an array, a Python float that jit has traced as a float32 one."""
+    if a is None or (not isinstance(a, jax.Array) and isinstance(a, numbers.Real)):
+        return a
+    a = check_array(name, a)
+    return a.astype(np.float32) if a.dtype == np.float64 and getattr(a, "weak_type", False) else a
+
+
+def _normal(params: QParams, spec: OpSpec, shape: Shape) -> QParams:
+    """A given scale and zero point in normal form, for data of this shape. Called within jit."""
+    if params.scale is None or params.global_scale is not None:
+        return params
+    scale, zero_point = params.scale.reshape(spec.scale_shape(shape)), params.zero_point
+    if spec.has_float32_scales:
+        scale = scale.astype(np.float32)
+    if zero_point is not None:
+        zero_point = _int32(zero_point.reshape(scale.shape))
+    return params._replace(scale=scale, zero_point=zero_point)
 
 
 def _key(seed: Any) -> jax.Array | np.ndarray[Any, Any]:
@@ -127,10 +182,10 @@ def _key(seed: Any) -> jax.Array | np.ndarray[Any, Any]:
     return jnp.stack([jax.lax.bitcast_convert_type(word, np.int32) for word in (low, high)])
 
 
-def scale_array(name: str, scale: Any) -> jax.Array:
+def scale_array(name: str, scale: Any) -> Any:
     """Return a given scale (or another number of the user's) as an array that the core takes."""
-    if isinstance(scale, numbers.Real):
-        scale = float32(name, scale)
+    if not isinstance(scale, jax.Array) and isinstance(scale, numbers.Real):
+        return float32(name, scale)
     return _narrow_scale(name, check_array(name, scale, NUMBER))
 
 
@@ -142,24 +197,26 @@ def _narrow_scale(name: str, scale: jax.Array) -> jax.Array:
     return scale
 
 
-def number_array(name: str, value: Any) -> jax.Array:
+def number_array(name: str, value: Any) -> Any:
     """Return a number, or an array of one element and any real dtype, as a 0-d float32 array."""
-    if isinstance(value, numbers.Real):
-        value = float32(name, value)
+    if not isinstance(value, jax.Array) and isinstance(value, numbers.Real):
+        return float32(name, value)
     array = check_array(name, value, NUMBER)
     schema.expect_number(array.dtype.name, name)
     documented.expect_single(name, array.shape)
-    return array.reshape(()).astype(np.float32)
+    # Where it is there is nothing to do: out of jit each of these takes longer than a call.
+    return array if array.shape == () and array.dtype == np.float32 else array.reshape(()).astype(np.float32)
 
 
-def zero_point_array(zero_point: Any) -> jax.Array | None:
-    """Return a given zero point as an int32 or float32 array."""
+def zero_point_array(zero_point: Any) -> Any:
+    """Return a given zero point as an int32 or float32 array; None of None."""
     if zero_point is None:
         return None
-    if isinstance(zero_point, numbers.Integral):
-        zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
-    elif isinstance(zero_point, numbers.Real):
-        zero_point = float32("zero_point", zero_point)
+    if not isinstance(zero_point, jax.Array):
+        if isinstance(zero_point, numbers.Integral):
+            return np.int32(schema.int32_zero_point(int(zero_point)))
+        if isinstance(zero_point, numbers.Real):
+            return float32("zero_point", zero_point)
     array = check_array("zero_point", zero_point, NUMBER)
     if array.dtype.name == "float64" and getattr(array, "weak_type", False):
         array = array.astype(np.float32)
@@ -174,13 +231,22 @@ def _int32(zero_point: jax.Array) -> jax.Array:
     return zero_point.astype(np.int32)
 
 
-def given(a: jax.Array | None) -> Any:
-    """Return what a plan needs to know of a scale or zero point; None of None."""
-    return None if a is None else Given(a.shape, bool(jnp.issubdtype(a.dtype, jnp.floating)))
+def given(kind: Kind) -> Given | None:
+    """Return a kind as the plans of documented functions know it."""
+    return None if isinstance(kind, bool) else Given(kind[0], bool(jnp.issubdtype(kind[1], jnp.floating)))
+
+
+def learn_plan(plan: Any, x: jax.Array, parameter: Any, zero_point: Any, *how: Any) -> Any:
+    """Return the plan of a function whose parameter learns, made once."""
+    return schema.planned(_learn_plan, plan, x.shape, kind(parameter), kind(zero_point), *how)
+
+
+def _learn_plan(plan: Any, shape: Shape, parameter: Kind, zero_point: Kind, *how: Any) -> Any:
+    return plan(shape, given(parameter), given(zero_point), *how)
 
 
 def arrange(a: jax.Array | None, layout: Layout | None) -> jax.Array | None:
-    """Return a scale or zero point in the core's layout."""
+    """Return a scale or zero point in the core's layout. Called within jit."""
     if a is None or layout is None:
         return None
     a = a.reshape(layout.shape)
@@ -209,13 +275,12 @@ def _converted_backward(dtype: str, saved: jax.Array, grad: jax.Array) -> Any:
 converted.defvjp(_converted_forward, _converted_backward)
 
 
-def _part(a: jax.Array | None) -> schema.Part | None:
-    return None if a is None else schema.Part(a.shape, a.dtype.name)
-
-
-def _public(a: jax.Array, spec: QuantSpec) -> jax.Array:
-    """A scale or zero point in the shape that users see: 0-d per tensor, else the normal form that it has."""
-    return a.reshape(()) if spec.granularity == PerTensor() else a
+def _public(params: QParams, is_per_tensor: bool) -> QParams:
+    """Scales and zero points in the shape that users see: 0-d per tensor, else the normal form. Called within jit."""
+    if not is_per_tensor:
+        return params
+    zero_point = None if params.zero_point is None else params.zero_point.reshape(())
+    return params._replace(scale=params.scale.reshape(()), zero_point=zero_point)
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
@@ -264,25 +329,19 @@ def quantize(
 
     """
     x = check_data("x", x)
-    whole, op_spec = schema.plan(resolve_spec(spec), x.shape, axis, group_size, packed)
-    packed = schema.use_packed(whole, packed)
-    params = _qparams(whole, op_spec, x, scale, zero_point, seed)
+    (whole, op_spec, packed, _), params = _qparams(spec, x, axis, group_size, packed, scale, zero_point, seed)
+    is_per_tensor, is_interleaved = whole.granularity == PerTensor(), schema.is_interleaved(whole, packed)
+    q: jax.Array
     if params.scale is None:
-        q, params = _quantize_dynamic(x, params.key, op_spec)
+        q, params = _quantize_dynamic(x, params.key, op_spec, is_per_tensor)
     else:
-        if schema.is_interleaved(whole, packed):
+        if is_interleaved:
             params = params._replace(scale=_exponent_code(params.scale))
-        q = _quantize(x, params, op_spec)
-    return _qtensor(q, params, whole, x, packed)
-
-
-def _qtensor(q: jax.Array, params: QParams, spec: QuantSpec, x: jax.Array, packed: bool) -> QTensor:
-    """Codes and scales as users see them."""
-    zero = None if params.zero_point is None else _public(params.zero_point, spec)
-    scale: Any = _public(params.scale, spec)
-    if schema.is_interleaved(spec, packed):
-        q, scale = _interleave(q, scale, schema.group_size(spec)), None
-    return QTensor(q, scale, zero, params.global_scale, params.pair_bits, spec, x.shape, x.dtype, packed)
+        q, params = _quantize(x, params, op_spec, is_per_tensor)
+    if is_interleaved:
+        q, params = _interleave(q, params.scale, schema.group_size(whole)), params._replace(scale=None)
+    arrays = q, params.scale, params.zero_point, params.global_scale, params.pair_bits
+    return QTensor(*arrays, whole, x.shape, x.dtype, packed)
 
 
 def _exponent_code(exponent: jax.Array) -> jax.Array:
@@ -317,20 +376,23 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     schema.expect_float("dtype", name)
     if name == "float64" and jax.dtypes.canonicalize_dtype(name).name != name:
         raise TypeError("dtype is float64; JAX has it only with jax_enable_x64")
-    shape = tuple(q.shape)
-    whole, op_spec = schema.plan(q.spec, shape, packed=q.packed, dtype=name)
-    given = {part: getattr(q, part) for part in q.ARRAYS}
-    parts = {part: None if a is None else check_array(f"q.{part}", a) for part, a in given.items()}
-    schema.check_parts(whole, op_spec, shape, q.packed, {part: _part(a) for part, a in parts.items()})
-    codes, scale, zero = (parts[name] for name in ("qvalue", "scale", "zero_point"))
+    given = [getattr(q, part) for part in q.ARRAYS]
+    parts = [None if a is None else check_array(f"q.{part}", a) for part, a in zip(q.ARRAYS, given, strict=True)]
+    whole, op_spec = schema.planned(_dequantize_plan, q.spec, q.shape, q.packed, name, *map(kind, parts))
+    codes, scale, zero_point, global_scale, pair_bits = parts
+    assert codes is not None
     if schema.is_interleaved(whole, q.packed):
-        codes, scale = _take_apart(codes, schema.group_size(whole), shape[-1])
-    assert scale is not None
-    normal = op_spec.scale_shape(shape)
-    zero = None if zero is None else zero.reshape(normal)
-    params = QParams(scale.reshape(normal), parts["global_scale"], parts["pair_bits"], None, zero)
-    y: jax.Array = _dequantize(codes, params, op_spec)
+        codes, scale = _take_apart(codes, schema.group_size(whole), q.shape[-1])
+    y: jax.Array = _dequantize(codes, QParams(scale, global_scale, pair_bits, None, zero_point), op_spec)
     return y
+
+
+def _dequantize_plan(spec: QuantSpec, shape: Shape, packed: bool, dtype: str, *kinds: Kind) -> tuple[QuantSpec, OpSpec]:
+    size = tuple(shape)
+    whole, op_spec = schema.plan(spec, size, packed=packed, dtype=dtype)
+    parts = {part: _part(kind) or None for part, kind in zip(QTensor.ARRAYS, kinds, strict=True)}
+    schema.check_parts(whole, op_spec, size, packed, parts)  # type: ignore[arg-type]  # True isn't among them
+    return whole, op_spec
 
 
 def native_codes(q: QTensor) -> jax.Array:
@@ -384,9 +446,8 @@ def fake_quantize(
     """
     x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
-    whole, op_spec = schema.plan(resolve_spec(spec), x.shape, axis, group_size)
-    params = _qparams(whole, op_spec, x, scale, zero_point, seed)
-    y: jax.Array = _fake_quantize(x, params, op_spec, gradient)
+    plan, params = _qparams(spec, x, axis, group_size, False, scale, zero_point, seed)
+    y: jax.Array = _fake_quantize(x, params, plan.op_spec, gradient)
     return y
 
 
@@ -422,12 +483,14 @@ def choose_qparams(
 
     """
     x = check_data("x", x)
-    whole, op_spec = schema.plan(resolve_spec(spec), x.shape, axis, group_size)
-    params = choose(x, op_spec.choosing(schema.expect_method(whole, method)))
-    if op_spec.has_global_scale:
-        return params.global_scale.reshape(()), None
-    zero = params.zero_point
-    return _public(params.scale, whole), None if zero is None else _public(zero, whole)
+    op_spec, is_per_tensor = schema.planned(_choose_plan, spec, x.shape, axis, group_size, method)
+    params = _chosen(x, op_spec, is_per_tensor)
+    return (params.global_scale, None) if op_spec.has_global_scale else (params.scale, params.zero_point)
+
+
+def _choose_plan(spec: Any, shape: Shape, axis: int | None, group_size: int | None, method: str) -> tuple[OpSpec, bool]:
+    whole, op_spec = schema.plan(resolve_spec(spec), shape, axis, group_size)
+    return op_spec.choosing(schema.expect_method(whole, method)), whole.granularity == PerTensor()
 
 
 def lsq_quantize(
@@ -469,7 +532,7 @@ def lsq_quantize(
     x = check_data("x", x)
     one_of("rounding", rounding, FIXED_ROUNDINGS)
     s, z = scale_array("scale", scale), zero_point_array(zero_point)
-    plan = documented.everyday_lsq_plan(x.shape, given(s), given(z), quant_min, quant_max, axis, rounding)
+    plan = learn_plan(documented.everyday_lsq_plan, x, s, z, quant_min, quant_max, axis, rounding)
     factor = documented.grad_factor(x.size, s.size, quant_max) if grad_factor is None else grad_factor
     return learned("lsq", x, s, number_array("grad_factor", factor), z, plan)
 
@@ -508,7 +571,7 @@ def tqt_quantize(
     x = check_data("x", x)
     one_of("rounding", rounding, FIXED_ROUNDINGS)
     t, z = scale_array("log_threshold", log_threshold), zero_point_array(zero_point)
-    plan, domain = documented.everyday_tqt_plan(x.shape, given(t), given(z), bits, rounding)
+    plan, domain = learn_plan(documented.everyday_tqt_plan, x, t, z, bits, rounding)
     return learned("tqt", x, t, number_array("domain", domain), z, plan)
 
 
@@ -591,20 +654,34 @@ def choose(x: jax.Array, spec: OpSpec) -> QParams:
     return params._replace(global_scale=whole)
 
 
-@partial(jax.jit, static_argnums=2)
-def _choose_blocks(x: jax.Array, global_scale: jax.Array, spec: OpSpec) -> jax.Array:
-    return call("choose_qparams", [jax.lax.stop_gradient(x), jax.lax.stop_gradient(global_scale)], spec)[0]
+@partial(jax.jit, static_argnums=(1, 2))
+def _chosen(x: jax.Array, spec: OpSpec, is_per_tensor: bool) -> QParams:
+    params: QParams = choose(x, spec)
+    if spec.has_global_scale:
+        return params._replace(global_scale=params.global_scale.reshape(()))
+    return _public(params, is_per_tensor)
 
 
 @partial(jax.jit, static_argnums=2)
-def _quantize_dynamic(x: jax.Array, key: jax.Array | None, spec: OpSpec) -> tuple[jax.Array, QParams]:
+def _choose_blocks(x: jax.Array, global_scale: jax.Array, spec: OpSpec) -> QParams:
+    whole = global_scale.reshape(()).astype(np.float32)
+    (scale,) = call("choose_qparams", [jax.lax.stop_gradient(x), jax.lax.stop_gradient(whole)], spec)
+    return QParams(scale, whole)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _quantize_dynamic(
+    x: jax.Array, key: jax.Array | None, spec: OpSpec, is_per_tensor: bool
+) -> tuple[jax.Array, QParams]:
     q, *outs = call("quantize_dynamic", [jax.lax.stop_gradient(x), key], spec)
-    return q, schema.qparams("quantize_dynamic", spec, outs)
+    return q, _public(schema.qparams("quantize_dynamic", spec, outs), is_per_tensor)
 
 
-@partial(jax.jit, static_argnums=2)
-def _quantize(x: jax.Array, params: QParams, spec: OpSpec) -> jax.Array:
-    return call("quantize", [jax.lax.stop_gradient(x), *jax.lax.stop_gradient(params)], spec)[0]
+@partial(jax.jit, static_argnums=(2, 3))
+def _quantize(x: jax.Array, params: QParams, spec: OpSpec, is_per_tensor: bool) -> tuple[jax.Array, QParams]:
+    params = _normal(params, spec, x.shape)
+    q = call("quantize", [jax.lax.stop_gradient(x), *jax.lax.stop_gradient(params)], spec)[0]
+    return q, _public(params, is_per_tensor)._replace(key=None)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -650,7 +727,11 @@ def _fake_quantize_backward(spec: OpSpec, gradient: str, saved: Any, grad: jax.A
 
 
 _fake_quantize_vjp.defvjp(_fake_quantize_forward, _fake_quantize_backward)
-_fake_quantize = jitted(_fake_quantize_vjp, (2, 3))
+
+
+@partial(jitted, static_argnums=(2, 3))
+def _fake_quantize(x: jax.Array, params: QParams, spec: OpSpec, gradient: str) -> jax.Array:
+    return _fake_quantize_vjp(x, _normal(params, spec, x.shape), spec, gradient)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -687,7 +768,13 @@ def _dequantize_backward(spec: OpSpec, saved: Any, grad: jax.Array) -> Any:
 
 
 _dequantize_vjp.defvjp(_dequantize_forward, _dequantize_backward)
-_dequantize = jitted(_dequantize_vjp, (2,))
+
+
+@partial(jitted, static_argnums=(2,))
+def _dequantize(q: jax.Array, params: QParams, spec: OpSpec) -> jax.Array:
+    normal = spec.scale_shape(schema.logical_shape(OPS["dequantize"], spec, [q.shape]))
+    zero_point = None if params.zero_point is None else params.zero_point.reshape(normal)
+    return _dequantize_vjp(q, params._replace(scale=params.scale.reshape(normal), zero_point=zero_point), spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -715,8 +802,7 @@ def learned(
     kind: str, x: jax.Array, parameter: jax.Array, number: jax.Array, zero_point: jax.Array | None, plan: LearnPlan
 ) -> jax.Array:
     """Compute a fake quantization whose ``parameter`` learns: ``kind`` is lsq (a scale) or tqt (a threshold)."""
-    p, z = arrange(parameter, plan.scale), arrange(zero_point, plan.zero_point)
-    y: jax.Array = _learned(x, p, number, z, kind, plan.forward, plan.backward)
+    y: jax.Array = _learned(x, parameter, number, zero_point, kind, plan)
     return y
 
 
@@ -765,4 +851,11 @@ def _first_order_only(*_: Any) -> Any:
 
 
 _learned_gradients.defvjp(_first_order_only, _first_order_only)
-_learned = jitted(_learned_vjp, (4, 5, 6))
+
+
+@partial(jitted, static_argnums=(4, 5))
+def _learned(
+    x: jax.Array, parameter: jax.Array, number: jax.Array, zero_point: jax.Array | None, kind: str, plan: LearnPlan
+) -> jax.Array:
+    p, z = arrange(parameter, plan.scale), arrange(zero_point, plan.zero_point)
+    return _learned_vjp(x, p, number, z, kind, plan.forward, plan.backward)

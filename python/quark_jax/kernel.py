@@ -24,15 +24,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from quark_jax.functions import (
     ONE,
+    Kind,
     arrange,
     check_array,
     check_data,
     choose,
     converted,
     given,
+    kind,
+    learn_plan,
     learned,
     number_array,
     scale_array,
@@ -40,7 +44,8 @@ from quark_jax.functions import (
 )
 from quark_jax.primitives import call, jitted, whole_along
 from quark_kernels import documented, schema
-from quark_kernels.schema import OpSpec
+from quark_kernels.documented import Layout, Plan
+from quark_kernels.schema import OpSpec, Shape
 from quark_kernels.spec import one_of
 
 __all__ = [
@@ -77,20 +82,28 @@ def _passing_backward(op: str, spec: OpSpec, dtype: str, saved: None, grad: jax.
 
 
 _passing_vjp.defvjp(_passing_forward, _passing_backward)
-_passing_jit = jitted(_passing_vjp, (0, 4, 5))
 
 
-def _passing(op: str, x: jax.Array, scale: Any, zero_point: Any, spec: OpSpec) -> jax.Array:
+@partial(jitted, static_argnums=(0, 4))
+def _passing(op: str, x: jax.Array, scale: Any, zero_point: Any, plan: Plan) -> jax.Array:
     """Call an operator; its gradient goes to x as it is, but for its dtype."""
-    y: jax.Array = _passing_jit(op, x, scale, zero_point, spec, x.dtype.name)
-    return y
+    return _passing_vjp(op, x, *_arranged(scale, zero_point, plan), plan.spec, x.dtype.name)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _constant(op: str, x: jax.Array, scale: jax.Array, zero_point: jax.Array | None, spec: OpSpec) -> jax.Array:
+def _constant(op: str, x: jax.Array, scale: Any, zero_point: Any, plan: Plan) -> jax.Array:
     """Call an operator whose outputs have no gradient."""
-    (y,) = call(op, jax.lax.stop_gradient([x, scale, zero_point]), spec)
+    (y,) = call(op, jax.lax.stop_gradient([x, *_arranged(scale, zero_point, plan)]), plan.spec)
     return y
+
+
+def _arranged(scale: Any, zero_point: Any, plan: Plan) -> tuple[Any, Any]:
+    """The given scale, which is a constant to every gradient, and the zero point in the core's layout."""
+    scale = jax.lax.stop_gradient(scale)
+    if plan.scale_format is not None:
+        spec = OpSpec((plan.scale_format, "ieee"), (0,) * scale.ndim)
+        (scale,) = call("fake_quantize", [scale, jnp.ones((1,) * scale.ndim, np.float32), None], spec)
+    return arrange(scale, plan.scale), arrange(zero_point, plan.zero_point)
 
 
 # ---- fp8 -------------------------------------------------------------------------------------------------------------
@@ -98,15 +111,18 @@ def _constant(op: str, x: jax.Array, scale: jax.Array, zero_point: jax.Array | N
 
 def _quant_fp8(inputs: jax.Array, scale: Any, quant_dtype: str) -> jax.Array:
     x = check_data("inputs", inputs)
-    s = ONE if scale is None else number_array("scale", scale).reshape((1,) * x.ndim)
-    return _passing("quantize", x, s, None, documented.fp8_spec(quant_dtype, x.shape))
+    s = ONE if scale is None else number_array("scale", scale)
+    y: jax.Array = _passing("quantize", x, s, None, schema.planned(documented.fp8_plan, quant_dtype, x.shape))
+    return y
 
 
 def _dequant_fp8(inputs: jax.Array, scale: Any, quant_dtype: str) -> jax.Array:
     q = check_array("inputs", inputs)
     documented.expect_codes("inputs", q.dtype.name, quant_dtype)
-    s = ONE if scale is None else number_array("scale", scale).reshape((1,) * q.ndim)
-    return _passing("dequantize", q, s, None, documented.fp8_spec(quant_dtype, q.shape, dtype="float16"))
+    s = ONE if scale is None else number_array("scale", scale)
+    plan = schema.planned(documented.fp8_plan, quant_dtype, q.shape, "float16")
+    y: jax.Array = _passing("dequantize", q, s, None, plan)
+    return y
 
 
 def quant_fp8_e4m3(inputs: jax.Array, scale: jax.Array | float | None = None) -> jax.Array:
@@ -138,17 +154,10 @@ def dequant_fp8_e5m2(inputs: jax.Array, scale: jax.Array | float | None = None) 
 # ---- scaled ----------------------------------------------------------------------------------------------------------
 
 
-def _rounded_scale(s: Any, scale_format: str | None) -> Any:
-    """A scale, rounded to a 16-bit format where the plan says so."""
-    if scale_format is None:
-        return s
-    return _constant("fake_quantize", s, ONE, None, OpSpec((scale_format, "ieee"), (0,) * s.ndim))
-
-
 def _scales(quant_dtype: str, scale: Any, zero_point: Any) -> tuple[Any, Any]:
-    """The given scale and, for integers, the zero point; constants to every gradient."""
+    """The given scale and, for integers, the zero point."""
     z = zero_point_array(zero_point) if quant_dtype in documented.INTEGERS else None
-    return jnp.asarray(jax.lax.stop_gradient(scale_array("scale", scale))), z
+    return scale_array("scale", scale), z
 
 
 def _quantize(op: str, quant_dtype: str, inputs: jax.Array, scale: Any, zero_point: Any, *how: Any) -> jax.Array:
@@ -156,13 +165,28 @@ def _quantize(op: str, quant_dtype: str, inputs: jax.Array, scale: Any, zero_poi
     x = check_data("inputs", inputs)
     one_of("quant_dtype", quant_dtype, documented.SCALED)
     if quant_dtype in documented.CASTS:
-        return _passing(op, x, ONE, None, documented.cast_spec(quant_dtype, x.shape))
-    s, z = _scales(quant_dtype, scale, zero_point)
-    real = op == "quantize"
-    plan = documented.quantize_plan(quant_dtype, x.shape, x.dtype.name, given(s), given(z), *how, real=real)
-    s = _rounded_scale(s, plan.scale_format)
-    run = _constant if real and quant_dtype not in documented.FP8 else _passing
-    return run(op, x, arrange(s, plan.scale), arrange(z, plan.zero_point), plan.spec)
+        s, z = ONE, None
+        plan = schema.planned(documented.cast_plan, quant_dtype, x.shape)
+    else:
+        s, z = _scales(quant_dtype, scale, zero_point)
+        plan = schema.planned(_quantize_plan, op, quant_dtype, x.shape, x.dtype, kind(s), kind(z), *how)
+    run = _constant if op == "quantize" and quant_dtype not in (*documented.FP8, *documented.CASTS) else _passing
+    y: jax.Array = run(op, x, s, z, plan)
+    return y
+
+
+def _quantize_plan(
+    op: str, quant_dtype: str, shape: Shape, dtype: Any, scale: Kind, zero_point: Kind, *how: Any
+) -> Plan:
+    s, z = given(scale), given(zero_point)
+    assert s is not None
+    return documented.quantize_plan(quant_dtype, shape, dtype.name, s, z, *how, real=op == "quantize")
+
+
+def _dequantize_plan(quant_dtype: str, shape: Shape, scale: Kind, zero_point: Kind, *how: Any) -> Plan:
+    s, z = given(scale), given(zero_point)
+    assert s is not None
+    return documented.dequantize_plan(quant_dtype, shape, s, z, *how)
 
 
 def scaled_fake_quantize(
@@ -246,9 +270,10 @@ def dequantize(
     if quant_dtype in documented.CASTS:
         return q
     s, z = _scales(quant_dtype, scale, zero_point)
-    plan = documented.dequantize_plan(quant_dtype, q.shape, given(s), given(z), axis, group_size, qscheme)
+    plan = schema.planned(_dequantize_plan, quant_dtype, q.shape, kind(s), kind(z), axis, group_size, qscheme)
     run = _passing if quant_dtype in documented.FP8 else _constant
-    return run("dequantize", q, arrange(s, plan.scale), arrange(z, plan.zero_point), plan.spec)
+    y: jax.Array = run("dequantize", q, s, z, plan)
+    return y
 
 
 # ---- non-scaled ------------------------------------------------------------------------------------------------------
@@ -271,8 +296,9 @@ def non_scaled_fake_quantize(
 
     """
     x = check_data("input_tensor", input_tensor)
-    spec = documented.block_plan(quant_dtype, x.shape, mx_element_dtype, axis, block_size)
-    return _passing("fake_quantize_dynamic", x, None, None, spec)
+    spec = schema.planned(documented.block_plan, quant_dtype, x.shape, mx_element_dtype, axis, block_size)
+    y: jax.Array = _passing("fake_quantize_dynamic", x, None, None, Plan(spec))
+    return y
 
 
 def non_scaled_real_quantize(
@@ -285,10 +311,11 @@ def non_scaled_real_quantize(
     throughout. The gradient is that of the values.
     """
     x = check_data("input_tensor", input_tensor)
-    plan = documented.slot_plan(quant_dtype, x.shape, mx_element_dtype, axis, block_size)
+    plan = schema.planned(documented.slot_plan, quant_dtype, x.shape, mx_element_dtype, axis, block_size)
     blocks = whole_along(x, axis).reshape(plan.split)
     scale = choose(blocks, plan.spec).scale
-    values = _passing("quantize_values", blocks, scale, None, plan.spec)
+    whole = Layout(scale.shape, None, scale.shape)
+    values = _passing("quantize_values", blocks, scale, None, Plan(plan.spec, whole))
     return jnp.concatenate([scale, values], axis=plan.axis).reshape(plan.result)
 
 
@@ -319,7 +346,7 @@ def tqt_quantize(
     """
     x = check_data("inputs", inputs)
     t, z = scale_array("log_threshold", log_threshold), zero_point_array(zero_point)
-    plan = documented.tqt_plan(x.shape, given(t), given(z), round_mode)
+    plan = learn_plan(documented.tqt_plan, x, t, z, round_mode)
     documented.expect_domain(domain)
     number = number_array("domain", domain)
     if not isinstance(number, jax.core.Tracer):
@@ -356,5 +383,5 @@ def lsq_quantize(
     """
     x = check_data("x", x)
     s, z = scale_array("scale", scale), zero_point_array(zero_point)
-    plan = documented.lsq_plan(x.shape, given(s), given(z), quant_min, quant_max, ch_axis, rounding_key)
+    plan = learn_plan(documented.lsq_plan, x, s, z, quant_min, quant_max, ch_axis, rounding_key)
     return learned("lsq", x, s, number_array("grad_factor", grad_factor), z, plan)

@@ -46,6 +46,11 @@ class Layout(NamedTuple):
     swap: tuple[int, int] | None
     normal: Shape
 
+    @property
+    def is_normal(self) -> bool:
+        """Whether the first step is all there is to do."""
+        return self.swap is None and self.shape == self.normal
+
 
 class Plan(NamedTuple):
     """What a call does: the core's spec, and the layouts of its scale and zero point (None: there is none)."""
@@ -297,9 +302,19 @@ def cast_spec(quant_dtype: str, shape: Shape) -> OpSpec:
     return OpSpec((CASTS[quant_dtype], "ieee"), (0,) * len(shape))
 
 
-def fp8_spec(quant_dtype: str, shape: Shape, *, dtype: str | None = None) -> OpSpec:
+def fp8_spec(quant_dtype: str, shape: Shape, dtype: str | None = None) -> OpSpec:
     """Return the spec of quant_fp8_* and, with a dtype, dequant_fp8_*."""
     return OpSpec((quant_dtype, "ieee", *([] if dtype else ["narrow"])), (0,) * len(shape), dtype=dtype)
+
+
+def cast_plan(quant_dtype: str, shape: Shape) -> Plan:
+    """Return the plan of the casts, with a scale of 1."""
+    return Plan(cast_spec(quant_dtype, shape), _expect_one("scale", (), shape))
+
+
+def fp8_plan(quant_dtype: str, shape: Shape, dtype: str | None = None) -> Plan:
+    """Return the plan of quant_fp8_* and, with a dtype, dequant_fp8_*."""
+    return Plan(fp8_spec(quant_dtype, shape, dtype), _expect_one("scale", (), shape))
 
 
 def conversion(source: str, target: str, shape: Shape) -> tuple[str, OpSpec]:

@@ -9,15 +9,17 @@ Per tensor (0, 0), channel 0 (1, 0), group 128 along the last axis (1, 128), til
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from quark_kernels import _core
 from quark_kernels.formats import FORMATS
 from quark_kernels.spec import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, as_int
 
+R = TypeVar("R")
 Shape = tuple[int, ...]
 
 SCALE_DTYPES = ("float32", "float16", "bfloat16")
@@ -85,7 +87,7 @@ class QParams(NamedTuple):
 OPS: dict[str, Op] = {row[0]: Op(*row) for row in _core.ops()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpSpec:
     """A QuantSpec for one call: its granularity as a ``block``, and what else an operator is told.
 
@@ -106,8 +108,8 @@ class OpSpec:
     """So many leading axes are batches: each example is a call of its own, which the rest describes."""
     whole: Shape | None = None
     """The shape of the array that the data is a shard of, where a random key says which."""
-    text: str = field(init=False, compare=False, repr=False)
-    """The core's text form, made once."""
+    text: str = field(init=False, repr=False)
+    """The core's text form, made once. It says all, so that specs are compared by it."""
 
     def __post_init__(self) -> None:
         """Make the text."""
@@ -132,6 +134,14 @@ class OpSpec:
     def __str__(self) -> str:
         """Return the core's text form."""
         return self.text
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether another spec says the same."""
+        return isinstance(other, OpSpec) and self.text == other.text
+
+    def __hash__(self) -> int:
+        """Return the hash of the text, which Python keeps."""
+        return hash(self.text)
 
     @classmethod
     @lru_cache(4096)
@@ -248,8 +258,6 @@ def plan(
     group_size: int | None = None,
     packed: bool | None = False,
     dtype: str | None = None,
-    *,
-    remember: bool = True,
 ) -> tuple[QuantSpec, OpSpec]:
     """Return what a call with these static arguments does: the spec with its granularity, and the core's spec."""
     if not isinstance(spec, QuantSpec):
@@ -260,12 +268,6 @@ def plan(
         group_size = as_int("group_size", group_size, 1)
     if packed is not None and not isinstance(packed, bool):
         raise TypeError(f"packed is {packed!r}; allowed: True, False or None")
-    return (_cached_plan if remember else _plan)(spec, shape, axis, group_size, packed, dtype)
-
-
-def _plan(
-    spec: QuantSpec, shape: Shape, axis: int | None, group_size: int | None, packed: bool | None, dtype: str | None
-) -> tuple[QuantSpec, OpSpec]:
     whole = spec.along(axis, group_size)
     packed = use_packed(whole, packed)
     if is_interleaved(whole, packed):
@@ -273,7 +275,68 @@ def _plan(
     return whole, op_spec(whole, shape, packed, dtype)
 
 
-_cached_plan = lru_cache(4096)(_plan)
+class Part(NamedTuple):
+    """An array, as far as a plan and its checks need it."""
+
+    shape: Shape
+    dtype: str
+
+
+class CallPlan(NamedTuple):
+    """What a call does, as far as the arguments that aren't arrays and the types of the arrays say."""
+
+    spec: QuantSpec
+    op_spec: OpSpec
+    packed: bool
+    scale_shape: Shape
+    """Of a given scale or zero point: its normal form."""
+
+
+def call_plan(
+    spec: QuantSpec,
+    shape: Shape,
+    axis: int | None,
+    group_size: int | None,
+    packed: bool | None,
+    scale: Part | bool,
+    zero_point: Part | bool,
+    has_seed: bool,
+) -> CallPlan:
+    """Plan a call. Raises where what it is given doesn't go together.
+
+    A scale or zero point is an array, a number (True; whether it is one the frontend sees), or not there (False).
+    """
+    whole, op_spec = plan(spec, shape, axis, group_size, packed)
+    check_seed(whole, given=has_seed)
+    check_scale_arguments(whole, scale=scale is not False, zero_point=zero_point is not False)
+    normal = () if op_spec.has_global_scale else op_spec.scale_shape(shape)
+    if isinstance(scale, Part):
+        expect_scale_of(whole, scale.dtype)
+    if isinstance(zero_point, Part):
+        expect_integer("zero_point", zero_point.dtype)
+    for name, part in (("scale", scale), ("zero_point", zero_point)):
+        if part is not False:
+            expect_scale_shape(name, () if part is True else part.shape, whole, normal, shape)
+    return CallPlan(whole, op_spec, use_packed(whole, packed), normal)
+
+
+@lru_cache(4096, typed=True)
+def remembered(plan: Callable[..., Any], *arguments: Any) -> Any:
+    """Return ``plan(*arguments)``, kept for equal arguments of the same types: True isn't 1."""
+    return plan(*arguments)
+
+
+def planned(plan: Callable[..., R], *arguments: Any) -> R:
+    """Return ``plan(*arguments)``, made once: a plan follows from what is the same call after call.
+
+    What raises, or has arguments that can't be looked up, is planned each time.
+    """
+    try:
+        result: R = remembered(plan, *arguments)
+        return result
+    except TypeError:
+        pass
+    return plan(*arguments)
 
 
 def codes_spec(bits: int, *, signed: bool = False, length: int | None = None) -> OpSpec:
@@ -541,13 +604,6 @@ def check_scale_arguments(spec: QuantSpec, *, scale: bool, zero_point: bool) -> 
         raise ValueError(f"zero_point is given; scales of format {spec.scale_format} have none")
     if zero_point and not scale:
         raise ValueError("zero_point is given without scale; give both, or neither for a dynamic scale")
-
-
-class Part(NamedTuple):
-    """An array of a QTensor, as far as its checks need it."""
-
-    shape: Shape
-    dtype: str
 
 
 def made_parts(spec: QuantSpec, op_spec: OpSpec, shape: Shape, packed: bool) -> dict[str, Part | None]:

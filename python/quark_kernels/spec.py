@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from quark_kernels.formats import FORMATS, ROUNDINGS, ElementFormat
@@ -156,6 +157,11 @@ class QuantSpec:
             raise ValueError(f"symmetric is False; {self.format} has no zero point, only integer formats have one")
         self._check_range(row)
         self._check_scale_format(row)
+        self.text  # noqa: B018  # made now, so that all that follows finds it
+
+    def __hash__(self) -> int:
+        """Return the hash of the text: equal specs have the same, and Python keeps it."""
+        return hash(self.text)
 
     def _check_scale_format(self, row: ElementFormat) -> None:
         name = self.scale_format
@@ -193,6 +199,11 @@ class QuantSpec:
 
     def __str__(self) -> str:
         """Return the canonical short form, such as ``"int4 group=128,-1 asymmetric"``."""
+        return self.text
+
+    @cached_property
+    def text(self) -> str:
+        """The canonical text form, made once."""
         words = [self.format]
         match self.granularity:
             case PerChannel(axis):

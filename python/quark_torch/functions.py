@@ -11,13 +11,14 @@ from torch.autograd.function import once_differentiable
 from quark_kernels import documented, schema
 from quark_kernels.documented import Given, Layout, LearnPlan
 from quark_kernels.formats import FIXED_ROUNDINGS
-from quark_kernels.schema import OpSpec, QParams
+from quark_kernels.schema import CallPlan, OpSpec, Part, QParams, Shape, remembered
 from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 from quark_torch.autograd import Recorded, is_recorded, is_transformed
-from quark_torch.ops import call, call_out, dtype_name, is_distributed
+from quark_torch.ops import Run, bound, call, dtype_name, is_distributed, is_plain, planned
 from quark_torch.qtensor import QTensor
 
 NUMBER = "a number or a torch.Tensor"
+DATA_DTYPES = tuple(getattr(torch, name) for name in schema.FLOAT_DTYPES)
 SpecLike = str | torch.dtype | QuantSpec
 
 
@@ -38,7 +39,8 @@ def check_tensor(name: str, x: object, allowed: str = "a torch.Tensor") -> torch
 def check_data(name: str, x: object) -> torch.Tensor:
     """Return ``x``. Raises TypeError unless it is a tensor of a data dtype."""
     x = check_tensor(name, x)
-    schema.expect_float(name, dtype_name(x.dtype))
+    if x.dtype not in DATA_DTYPES:
+        schema.expect_float(name, dtype_name(x.dtype))
     return x
 
 
@@ -47,9 +49,32 @@ def resolve_spec(spec: object) -> QuantSpec:
     return as_spec(spec, dtype_name(spec) if isinstance(spec, torch.dtype) else None)
 
 
-def _plan(*arguments: Any, **keywords: Any) -> tuple[QuantSpec, OpSpec]:
-    # Dynamo traces through caches, and warns of it.
-    return schema.plan(*arguments, **keywords, remember=not torch.compiler.is_compiling())
+Kind = tuple[torch.Size, torch.dtype] | bool
+"""What a plan needs to know of a scale or zero point: the type of a tensor, or whether there is a number instead."""
+
+
+def kind(t: Any) -> Kind:
+    """Return what a plan needs to know of a scale or zero point."""
+    return (t.shape, t.dtype) if isinstance(t, torch.Tensor) else t is not None
+
+
+def _part(kind: Kind) -> Part | bool:
+    """A kind as the schema knows it."""
+    return kind if isinstance(kind, bool) else Part(tuple(kind[0]), dtype_name(kind[1]))
+
+
+def _plan(
+    spec: SpecLike,
+    shape: torch.Size,
+    axis: int | None,
+    group_size: int | None,
+    packed: bool | None,
+    scale: Kind,
+    zero_point: Kind,
+    has_seed: bool,
+) -> CallPlan:
+    whole, parts = resolve_spec(spec), (_part(scale), _part(zero_point))
+    return schema.call_plan(whole, tuple(shape), axis, group_size, packed, *parts, has_seed)
 
 
 def _float32(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
@@ -62,35 +87,63 @@ def _float32(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
 
 
 def _qparams(
-    spec: QuantSpec, op_spec: OpSpec, x: torch.Tensor, scale: Any, zero_point: Any, seed: Any = None
-) -> QParams:
-    """The given scale, zero point and seed in normal form; no scale where it is dynamic."""
-    schema.check_seed(spec, given=seed is not None)
-    key = None if seed is None else _key(seed, x)
-    schema.check_scale_arguments(spec, scale=scale is not None, zero_point=zero_point is not None)
+    spec: SpecLike,
+    x: torch.Tensor,
+    axis: int | None,
+    group_size: int | None,
+    packed: bool | None,
+    scale: Any,
+    zero_point: Any,
+    seed: Any,
+) -> tuple[CallPlan, QParams]:
+    """The plan of a call; the given scale, zero point and seed as the core takes them, no scale where it is dynamic."""
+    has_seed = seed is not None
+    plan = planned(_plan, spec, x.shape, axis, group_size, packed, kind(scale), kind(zero_point), has_seed)
+    key = _key(seed, x) if has_seed else None
     if scale is None:
-        return QParams(key=key)
-    if isinstance(scale, numbers.Real) and spec.scale_format in ("float32", "e4m3"):
+        return plan, QParams(None, None, None, key)
+    scale_format = plan.spec.scale_format
+    if not isinstance(scale, torch.Tensor) and isinstance(scale, numbers.Real) and scale_format in ("float32", "e4m3"):
         scale = _float32("scale", scale, x)
-    schema.expect_scale_of(spec, dtype_name(check_tensor("scale", scale).dtype))
-    if isinstance(zero_point, numbers.Integral):
-        zero_point = torch.tensor(schema.int32_zero_point(int(zero_point)), dtype=torch.int32, device=x.device)
-    if zero_point is not None:
-        schema.expect_integer("zero_point", dtype_name(check_tensor("zero_point", zero_point).dtype))
-    shape = tuple(x.shape)
-    for name, t in (("scale", scale), ("zero_point", zero_point)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}; x is on {x.device}, allowed: the same device")
-    normal = () if op_spec.has_global_scale else op_spec.scale_shape(shape)
-    schema.expect_scale_shape("scale", tuple(scale.shape), spec, normal, shape)
-    scale = scale.detach().reshape(normal)
-    if op_spec.has_global_scale:
+    scale = normal(_beside_x("scale", scale, x), plan.scale_shape)
+    if plan.op_spec.has_global_scale:
         scale = scale.float()
-        return QParams(call("choose_qparams", [x.detach(), scale], op_spec), scale, None, key)
+        return plan, QParams(call("choose_qparams", [x.detach(), scale], plan.op_spec), scale, None, key)
+    if scale_format == "float32" and scale.dtype != torch.float32:
+        scale = scale.float()
     if zero_point is not None:
-        schema.expect_scale_shape("zero_point", tuple(zero_point.shape), spec, normal, shape)
-        zero_point = _int32(zero_point.reshape(normal))
-    return QParams(scale.float() if spec.scale_format == "float32" else scale, None, None, key, zero_point)
+        if not isinstance(zero_point, torch.Tensor) and isinstance(zero_point, numbers.Integral):
+            zero_point = torch.tensor(schema.int32_zero_point(int(zero_point)), dtype=torch.int32, device=x.device)
+        zero_point = _int32(normal(_beside_x("zero_point", zero_point, x), plan.scale_shape))
+    return plan, QParams(scale, None, None, key, zero_point)
+
+
+def _beside_x(name: str, t: Any, x: torch.Tensor) -> torch.Tensor:
+    tensor = check_tensor(name, t)
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {t.device}; x is on {x.device}, allowed: the same device")
+    return tensor
+
+
+def constant(t: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without the gradient that it may have."""
+    return t.detach() if t.requires_grad or is_transformed() else t
+
+
+def shaped(t: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Return a scale or zero point in its normal form. One that is 0-d the core takes as well; batches of them not."""
+    if t.shape == shape or (t.dim() == 0 and not is_transformed()):
+        return t
+    return t.reshape(shape)
+
+
+def normal(t: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Return a scale or zero point as a constant in its normal form."""
+    if is_transformed():
+        return t.detach().reshape(shape)
+    if t.requires_grad:
+        t = t.detach()
+    return t if t.dim() == 0 or t.shape == shape else t.reshape(shape)
 
 
 def _key(seed: Any, like: torch.Tensor) -> torch.Tensor:
@@ -107,34 +160,39 @@ def _key(seed: Any, like: torch.Tensor) -> torch.Tensor:
 
 def scale_tensor(name: str, scale: Any, like: torch.Tensor) -> torch.Tensor:
     """Return a given scale (or another number of the user's) as a float32 tensor beside ``like``."""
-    if isinstance(scale, numbers.Real):
+    if not isinstance(scale, torch.Tensor) and isinstance(scale, numbers.Real):
         return _float32(name, scale, like)
-    schema.expect_scale(dtype_name(check_tensor(name, scale, NUMBER).dtype), name)
-    return _beside(name, scale, like).detach().float()
+    scale = _beside(name, check_tensor(name, scale, NUMBER), like)
+    if scale.dtype != torch.float32:
+        schema.expect_scale(dtype_name(scale.dtype), name)
+        scale = scale.float()
+    return constant(scale)
 
 
 def number_tensor(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     """Return a number, or a tensor of one element and any real dtype, as a 0-d float32 tensor beside ``like``."""
-    if isinstance(value, numbers.Real):
+    if not isinstance(value, torch.Tensor) and isinstance(value, numbers.Real):
         return _float32(name, value, like)
     value = check_tensor(name, value, NUMBER)
     schema.expect_number(dtype_name(value.dtype), name)
     documented.expect_single(name, tuple(value.shape))
-    return _beside(name, value, like).detach().reshape(()).to(torch.float32)
+    return constant(_beside(name, value, like)).reshape(()).to(torch.float32)
 
 
 def zero_point_tensor(zero_point: Any, like: torch.Tensor) -> torch.Tensor | None:
     """Return a given zero point as an int32 or float32 tensor beside ``like``."""
     if zero_point is None:
         return None
-    if isinstance(zero_point, numbers.Integral):
-        value = schema.int32_zero_point(int(zero_point))
-        return torch.tensor(value, dtype=torch.int32, device=like.device)
-    if isinstance(zero_point, numbers.Real):
-        return _float32("zero_point", zero_point, like)
+    if not isinstance(zero_point, torch.Tensor):
+        if isinstance(zero_point, numbers.Integral):
+            value = schema.int32_zero_point(int(zero_point))
+            return torch.tensor(value, dtype=torch.int32, device=like.device)
+        if isinstance(zero_point, numbers.Real):
+            return _float32("zero_point", zero_point, like)
     zero_point = _beside("zero_point", check_tensor("zero_point", zero_point, NUMBER), like)
     schema.expect_zero_point(dtype_name(zero_point.dtype))
-    return zero_point.detach().float() if zero_point.is_floating_point() else _int32(zero_point.detach())
+    zero_point = constant(zero_point)
+    return zero_point.float() if zero_point.is_floating_point() else _int32(zero_point)
 
 
 def _int32(zero_point: torch.Tensor) -> torch.Tensor:
@@ -150,15 +208,17 @@ def _beside(name: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return t
 
 
-def given(t: torch.Tensor | None) -> Any:
-    """Return what a plan needs to know of a scale or zero point; None of None."""
-    return None if t is None else Given(tuple(t.shape), t.is_floating_point())
+def given(kind: Kind) -> Given | None:
+    """Return a kind as the plans of documented functions know it."""
+    return None if isinstance(kind, bool) else Given(tuple(kind[0]), kind[1].is_floating_point)
 
 
 def arrange(t: torch.Tensor | None, layout: Layout | None) -> torch.Tensor | None:
     """Return a scale or zero point in the core's layout."""
     if t is None or layout is None:
         return None
+    if layout.is_normal:
+        return shaped(t, layout.normal)
     t = t.reshape(layout.shape)
     if layout.swap is not None:
         t = t.swapaxes(*layout.swap)
@@ -180,13 +240,9 @@ def summed(grad: torch.Tensor, distributed: bool) -> torch.Tensor:
     return grad if distributed or not is_distributed(grad) else grad.full_tensor()  # type: ignore[attr-defined]
 
 
-def _part(t: torch.Tensor | None) -> schema.Part | None:
-    return None if t is None else schema.Part(tuple(t.shape), dtype_name(t.dtype))
-
-
 def _public(t: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """A scale or zero point in the shape that users see: 0-d per tensor, else the normal form that it has."""
-    return t.reshape(()) if spec.granularity == PerTensor() else t
+    return t.reshape(()) if t.dim() and spec.granularity == PerTensor() else t
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
@@ -233,17 +289,15 @@ def quantize(
 
     """
     x = check_data("x", x)
-    shape = tuple(x.shape)
-    whole, op_spec = _plan(resolve_spec(spec), shape, axis, group_size, packed)
-    packed = schema.use_packed(whole, packed)
-    params = _qparams(whole, op_spec, x, scale, zero_point, seed)
+    (whole, op_spec, packed, _), params = _qparams(spec, x, axis, group_size, packed, scale, zero_point, seed)
     if params.scale is None:
-        q, *outs = call("quantize_dynamic", [x.detach(), params.key], op_spec)
+        q, *outs = call("quantize_dynamic", [constant(x), params.key], op_spec)
         params = schema.qparams("quantize_dynamic", op_spec, outs)
     else:
         if schema.is_interleaved(whole, packed):
             params = params._replace(scale=_exponent_code(params.scale))
-        q = call("quantize", [x.detach(), *params], op_spec)
+        q = call("quantize", [constant(x), *params], op_spec)
+        params = params._replace(scale=params.scale.detach())  # not the user's own
     return _qtensor(q, params, whole, x, packed)
 
 
@@ -298,25 +352,30 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         raise TypeError(f"q is a {type(q).__module__}.{type(q).__name__}; allowed: a quark_torch.QTensor")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is {dtype!r}; allowed: a torch.dtype or None")
-    name = dtype_name(q.dtype if dtype is None else dtype)
-    schema.expect_float("dtype", name)
-    shape = tuple(q.shape)
-    whole, op_spec = _plan(q.spec, shape, packed=q.packed, dtype=name)
-    parts = {part: getattr(q, part) for part in q.ARRAYS}
-    for part, t in parts.items():
+    parts = q.qvalue, q.scale, q.zero_point, q.global_scale, q.pair_bits
+    for part, t in zip(q.ARRAYS, parts, strict=True):
         if t is not None and check_tensor(f"q.{part}", t).device != check_tensor("q.qvalue", q.qvalue).device:
             raise ValueError(f"q.{part} is on {t.device}; q.qvalue is on {q.qvalue.device}")
-    schema.check_parts(whole, op_spec, shape, q.packed, {part: _part(t) for part, t in parts.items()})
-    codes, scale = q.qvalue, q.scale
-    if schema.is_interleaved(whole, q.packed):
-        codes, scale = _take_apart(codes, schema.group_size(whole), shape[-1])
-    normal = op_spec.scale_shape(shape)
-    scale, zero = scale.reshape(normal), None if q.zero_point is None else q.zero_point.reshape(normal)
+    kinds = map(kind, parts)
+    plan = planned(_dequantize_plan, q.spec, q.shape, q.packed, dtype or q.dtype, *kinds)
+    whole, op_spec, packed, shape = plan
+    codes, scale, zero, whole_scale, pair_bits = parts
+    if schema.is_interleaved(whole, packed):
+        codes, scale = _take_apart(codes, schema.group_size(whole), q.shape[-1])
+    scale, zero = shaped(scale, shape), None if zero is None else shaped(zero, shape)
     if whole.scale_format == "float32" and is_recorded(scale):
         return _Dequantize.record(codes, scale, zero, op_spec)
-    whole_scale = None if q.global_scale is None else q.global_scale.detach()
-    params = QParams(scale.detach(), whole_scale, q.pair_bits, None, zero)
-    return call("dequantize", [codes, *params], op_spec)  # type: ignore[no-any-return]
+    whole_scale = None if whole_scale is None else constant(whole_scale)
+    return call("dequantize", [codes, constant(scale), whole_scale, pair_bits, None, zero], op_spec)  # type: ignore[no-any-return]
+
+
+def _dequantize_plan(spec: QuantSpec, shape: Shape, packed: bool, dtype: torch.dtype, *kinds: Kind) -> CallPlan:
+    name, size = dtype_name(dtype), tuple(shape)
+    schema.expect_float("dtype", name)
+    whole, op_spec = schema.plan(spec, size, packed=packed, dtype=name)
+    parts = {part: _part(kind) or None for part, kind in zip(QTensor.ARRAYS, kinds, strict=True)}
+    schema.check_parts(whole, op_spec, size, packed, parts)  # type: ignore[arg-type]  # True isn't among them
+    return CallPlan(whole, op_spec, packed, op_spec.scale_shape(size))
 
 
 def fake_quantize(
@@ -354,10 +413,15 @@ def fake_quantize(
         ValueError: a wrong name, shape, axis, size or combination.
 
     """
+    if isinstance(scale, torch.Tensor) and zero_point is None and seed is None and out is None and is_plain(x, scale):
+        kinds = x.shape, x.dtype, scale.shape, scale.dtype
+        try:
+            return remembered(_fake_quantize_run, spec, *kinds, axis, group_size, gradient)(x, scale)  # type: ignore[no-any-return]
+        except (TypeError, RuntimeError):
+            pass  # what is wrong, if anything, turns out below
     x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
-    whole, op_spec = _plan(resolve_spec(spec), tuple(x.shape), axis, group_size)
-    params = _qparams(whole, op_spec, x, scale, zero_point, seed)
+    (_, op_spec, _, _), params = _qparams(spec, x, axis, group_size, False, scale, zero_point, seed)
     if out is not None:
         return _fake_quantize_out(x, params, op_spec, out)
     if is_recorded(x):
@@ -367,6 +431,30 @@ def fake_quantize(
     if params.scale is None:
         return call("fake_quantize_dynamic", [x, params.key], op_spec)[0]  # type: ignore[no-any-return]
     return call("fake_quantize", [x, *params], op_spec)  # type: ignore[no-any-return]
+
+
+def _fake_quantize_run(
+    spec: SpecLike,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    scale_shape: torch.Size,
+    scale_dtype: torch.dtype,
+    axis: int | None,
+    group_size: int | None,
+    gradient: str,
+) -> Run:
+    """What a call on plain tensors comes to. Raises TypeError where the scale isn't as the core takes it."""
+    schema.expect_float("x", dtype_name(dtype))
+    one_of("gradient", gradient, schema.GRADIENTS)
+    plan = _plan(spec, shape, axis, group_size, False, (scale_shape, scale_dtype), False, False)
+    is_number = plan.spec.scale_format == "float32"
+    if (
+        plan.op_spec.has_global_scale
+        or scale_shape not in ((), plan.scale_shape)
+        or (is_number and scale_dtype != torch.float32)
+    ):
+        raise TypeError
+    return bound("fake_quantize", plan.op_spec.text, dtype, shape)
 
 
 def _fake_quantize_out(x: torch.Tensor, params: QParams, op_spec: OpSpec, out: torch.Tensor) -> torch.Tensor:
@@ -383,15 +471,18 @@ def _fake_quantize_out(x: torch.Tensor, params: QParams, op_spec: OpSpec, out: t
     if params.scale is None:
         params = choose(x, op_spec)._replace(key=params.key)
     try:
-        return call_out("fake_quantize", [x, *params], op_spec, out)
+        call("fake_quantize", [x, *params], op_spec, out)
     except ValueError as error:
         raise ValueError(f"out can't be written to: {error}; allowed: x itself, or memory apart from x's") from None
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(out)  # for autograd: what is saved of it has changed
+    return out
 
 
 def choose(x: torch.Tensor, spec: OpSpec) -> QParams:
     """Return dynamic scales, and what else the spec has with them, in normal form."""
-    x = x.detach()
-    whole = call("choose_qparams", [x], spec.global_spec()) if spec.has_global_scale else None
+    x = constant(x)
+    whole = call("choose_qparams", [x], planned(OpSpec.global_spec, spec)) if spec.has_global_scale else None
     outs = call("choose_qparams", [x, whole], spec)
     params = schema.qparams("choose_qparams", spec, outs if isinstance(outs, tuple) else (outs,))
     return params._replace(global_scale=whole)
@@ -434,13 +525,19 @@ def choose_qparams(
 
     """
     x = check_data("x", x)
-    whole, op_spec = _plan(resolve_spec(spec), tuple(x.shape), axis, group_size)
-    op_spec = op_spec.choosing(schema.expect_method(whole, method))
+    whole, op_spec = planned(_choose_plan, spec, x.shape, axis, group_size, method)
     if op_spec.has_global_scale:
-        return call("choose_qparams", [x.detach()], op_spec.global_spec()).reshape(()), None
+        return call("choose_qparams", [constant(x)], planned(OpSpec.global_spec, op_spec)).reshape(()), None
     params = choose(x, op_spec)
     zero = params.zero_point
     return _public(params.scale, whole), None if zero is None else _public(zero, whole)
+
+
+def _choose_plan(
+    spec: SpecLike, shape: torch.Size, axis: int | None, group_size: int | None, method: str
+) -> tuple[QuantSpec, OpSpec]:
+    whole, op_spec = schema.plan(resolve_spec(spec), tuple(shape), axis, group_size)
+    return whole, op_spec.choosing(schema.expect_method(whole, method))
 
 
 def lsq_quantize(
@@ -482,9 +579,18 @@ def lsq_quantize(
     x = check_data("x", x)
     one_of("rounding", rounding, FIXED_ROUNDINGS)
     s, z = scale_tensor("scale", scale, x), zero_point_tensor(zero_point, x)
-    plan = documented.everyday_lsq_plan(tuple(x.shape), given(s), given(z), quant_min, quant_max, axis, rounding)
+    plan = learn_plan(documented.everyday_lsq_plan, x, s, z, quant_min, quant_max, axis, rounding)
     number = _lsq_factor(x, s, quant_max) if grad_factor is None else number_tensor("grad_factor", grad_factor, x)
     return _learned("lsq", x, scale, s, number, z, plan)
+
+
+def learn_plan(plan: Any, x: torch.Tensor, parameter: torch.Tensor, zero_point: torch.Tensor | None, *how: Any) -> Any:
+    """Return the plan of a function whose parameter learns, made once."""
+    return planned(_learn_plan, plan, x.shape, kind(parameter), kind(zero_point), *how)
+
+
+def _learn_plan(plan: Any, shape: torch.Size, parameter: Kind, zero_point: Kind, *how: Any) -> Any:
+    return plan(tuple(shape), given(parameter), given(zero_point), *how)
 
 
 def _lsq_factor(x: torch.Tensor, scale: torch.Tensor, quant_max: int) -> torch.Tensor:
@@ -530,7 +636,7 @@ def tqt_quantize(
     x = check_data("x", x)
     one_of("rounding", rounding, FIXED_ROUNDINGS)
     t, z = scale_tensor("log_threshold", log_threshold, x), zero_point_tensor(zero_point, x)
-    plan, domain = documented.everyday_tqt_plan(tuple(x.shape), given(t), given(z), bits, rounding)
+    plan, domain = learn_plan(documented.everyday_tqt_plan, x, t, z, bits, rounding)
     number = number_tensor("domain", domain, x)
     return _learned("tqt", x, log_threshold, t, number, z, plan)
 

@@ -25,25 +25,29 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from quark_kernels import documented
-from quark_kernels.documented import LearnPlan
-from quark_kernels.schema import OpSpec
+from quark_kernels.documented import LearnPlan, Plan
+from quark_kernels.schema import OpSpec, remembered
 from quark_kernels.spec import one_of
 from quark_torch.autograd import Recorded
 from quark_torch.functions import (
+    DATA_DTYPES,
+    Kind,
     arrange,
     check_data,
     check_tensor,
     converted,
     given,
+    kind,
     learn_backward,
     learn_forward,
     learn_keep,
+    learn_plan,
     number_tensor,
     one,
     scale_tensor,
     zero_point_tensor,
 )
-from quark_torch.ops import call, dtype_name
+from quark_torch.ops import Run, bound, call, dtype_name, is_plain, planned
 
 __all__ = [
     "DeQuantizeFunction",
@@ -85,13 +89,13 @@ def _keep_second_dtype(ctx: Any, quant_dtype: str, inputs: torch.Tensor, *rest: 
 def _quant_fp8(inputs: torch.Tensor, scale: Any, quant_dtype: str) -> torch.Tensor:
     check_data("inputs", inputs)
     s = one(inputs) if scale is None else number_tensor("scale", scale, inputs)
-    return call("quantize", [inputs, s, None], documented.fp8_spec(quant_dtype, tuple(inputs.shape)))  # type: ignore[no-any-return]
+    return call("quantize", [inputs, s, None], planned(documented.fp8_spec, quant_dtype, tuple(inputs.shape)))  # type: ignore[no-any-return]
 
 
 def _dequant_fp8(inputs: torch.Tensor, scale: Any, quant_dtype: str) -> torch.Tensor:
     documented.expect_codes("inputs", dtype_name(check_tensor("inputs", inputs).dtype), quant_dtype)
     s = one(inputs) if scale is None else number_tensor("scale", scale, inputs)
-    spec = documented.fp8_spec(quant_dtype, tuple(inputs.shape), dtype="float16")
+    spec = planned(documented.fp8_spec, quant_dtype, tuple(inputs.shape), "float16")
     return call("dequantize", [inputs, s, None], spec)  # type: ignore[no-any-return]
 
 
@@ -204,7 +208,8 @@ def _rounded_scale(s: torch.Tensor, scale_format: str | None) -> torch.Tensor:
     """A scale, rounded to a 16-bit format where the plan says so."""
     if scale_format is None:
         return s
-    return call("fake_quantize", [s, one(s), None], OpSpec((scale_format, "ieee"), (0,) * s.dim()))  # type: ignore[no-any-return]
+    spec = planned(OpSpec, (scale_format, "ieee"), (0,) * s.dim())
+    return call("fake_quantize", [s, one(s), None], spec)  # type: ignore[no-any-return]
 
 
 def _scales(quant_dtype: str, scale: Any, zero_point: Any, like: torch.Tensor) -> tuple[Any, Any]:
@@ -215,16 +220,59 @@ def _scales(quant_dtype: str, scale: Any, zero_point: Any, like: torch.Tensor) -
 
 def _quantize(op: str, quant_dtype: str, inputs: torch.Tensor, scale: Any, zero_point: Any, *how: Any) -> torch.Tensor:
     """Scaled quantization: fake (``op`` is "fake_quantize") or real ("quantize")."""
+    if zero_point is None and is_plain(inputs, scale):
+        kinds = inputs.shape, inputs.dtype, scale.shape, scale.dtype
+        try:
+            return remembered(_run, op, quant_dtype, *kinds, *how)(inputs, scale)  # type: ignore[no-any-return]
+        except (TypeError, RuntimeError):
+            pass  # what is wrong, if anything, turns out below
     x = check_data("inputs", inputs)
     one_of("quant_dtype", quant_dtype, documented.SCALED)
     if quant_dtype in documented.CASTS:
-        return call(op, [x, one(x), None], documented.cast_spec(quant_dtype, tuple(x.shape)))  # type: ignore[no-any-return]
+        return call(op, [x, one(x), None], planned(documented.cast_spec, quant_dtype, tuple(x.shape)))  # type: ignore[no-any-return]
     s, z = _scales(quant_dtype, scale, zero_point, x)
-    plan = documented.quantize_plan(
-        quant_dtype, tuple(x.shape), dtype_name(x.dtype), given(s), given(z), *how, real=op == "quantize"
-    )
+    plan = planned(_quantize_plan, op, quant_dtype, x.shape, x.dtype, kind(s), kind(z), *how)
     s = _rounded_scale(s, plan.scale_format)
     return call(op, [x, arrange(s, plan.scale), arrange(z, plan.zero_point)], plan.spec)  # type: ignore[no-any-return]
+
+
+def _quantize_plan(
+    op: str, quant_dtype: str, shape: torch.Size, dtype: torch.dtype, scale: Kind, zero_point: Kind, *how: Any
+) -> Plan:
+    s, z = given(scale), given(zero_point)
+    assert s is not None
+    return documented.quantize_plan(quant_dtype, tuple(shape), dtype_name(dtype), s, z, *how, real=op == "quantize")
+
+
+def _run(
+    op: str,
+    quant_dtype: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    scale_shape: torch.Size,
+    scale_dtype: torch.dtype,
+    *how: Any,
+) -> Run:
+    """What a call on plain tensors comes to. Raises TypeError where the scale isn't as the core takes it."""
+    one_of("quant_dtype", quant_dtype, documented.SCALED)
+    if quant_dtype in documented.CASTS or scale_dtype != torch.float32 or dtype not in DATA_DTYPES:
+        raise TypeError
+    plan = _quantize_plan(op, quant_dtype, shape, dtype, (scale_shape, scale_dtype), False, *how)
+    layout = plan.scale
+    if (
+        plan.scale_format is not None
+        or layout is None
+        or not layout.is_normal
+        or scale_shape not in ((), layout.normal)
+    ):
+        raise TypeError
+    return bound(op, plan.spec.text, dtype, shape)
+
+
+def _dequantize_plan(quant_dtype: str, shape: torch.Size, scale: Kind, zero_point: Kind, *how: Any) -> Plan:
+    s, z = given(scale), given(zero_point)
+    assert s is not None
+    return documented.dequantize_plan(quant_dtype, tuple(shape), s, z, *how)
 
 
 class ScaledFakeQuantizeFunction(Recorded):
@@ -314,7 +362,7 @@ class DeQuantizeFunction(Recorded):
         if quant_dtype in documented.CASTS:
             return q.clone()
         s, z = _scales(quant_dtype, scale, zero_point, q)
-        plan = documented.dequantize_plan(quant_dtype, tuple(q.shape), given(s), given(z), axis, group_size, qscheme)
+        plan = planned(_dequantize_plan, quant_dtype, q.shape, kind(s), kind(z), axis, group_size, qscheme)
         return call("dequantize", [q, arrange(s, plan.scale), arrange(z, plan.zero_point)], plan.spec)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -426,7 +474,7 @@ class NonScaledFakeQuantizeFunction(Recorded):
     ) -> torch.Tensor:
         """Compute ``non_scaled_fake_quantize(...)``."""
         x = check_data("input_tensor", input_tensor)
-        spec = documented.block_plan(quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
+        spec = planned(documented.block_plan, quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
         return call("fake_quantize_dynamic", [x], spec)[0]  # type: ignore[no-any-return]
 
     @staticmethod
@@ -446,7 +494,7 @@ class NonScaledRealQuantizeFunction(Recorded):
     ) -> None:
         """Keep the shapes and the dtype."""
         x = input_tensor
-        ctx.plan = documented.slot_plan(quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
+        ctx.plan = planned(documented.slot_plan, quant_dtype, tuple(x.shape), mx_element_dtype, axis, block_size)
         ctx.shape, ctx.dtype = x.shape, x.dtype
 
     @staticmethod
@@ -513,7 +561,7 @@ def _tqt_parts(
 ) -> LearnParts:
     x = check_data("inputs", inputs)
     t, z = scale_tensor("log_threshold", log_threshold, x), zero_point_tensor(zero_point, x)
-    plan = documented.tqt_plan(tuple(x.shape), given(t), given(z), round_mode)
+    plan = learn_plan(documented.tqt_plan, x, t, z, round_mode)
     documented.expect_domain(domain)
     return _parts(t, number_tensor("domain", domain, x), z, plan)
 
@@ -521,7 +569,7 @@ def _tqt_parts(
 def _lsq_parts(x: torch.Tensor, scale: Any, zero_point: Any, grad_factor: Any, *how: Any) -> LearnParts:
     x = check_data("x", x)
     s, z = scale_tensor("scale", scale, x), zero_point_tensor(zero_point, x)
-    plan = documented.lsq_plan(tuple(x.shape), given(s), given(z), *how)
+    plan = learn_plan(documented.lsq_plan, x, s, z, *how)
     return _parts(s, number_tensor("grad_factor", grad_factor, x), z, plan)
 
 

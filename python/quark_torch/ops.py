@@ -8,18 +8,31 @@ pair bits, a random key) is in overloads of these names; the default overload ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_torch_function_mode_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.library import Library, register_fake, register_vmap
 
-from quark_kernels import _core, rules
+from quark_kernels import _core, rules, schema
 from quark_kernels.schema import OPS, OPTIONAL, Op, OpSpec, logical_shape, outputs
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"quark_torch can't be used: torch {torch.__version__} is installed; it needs torch >= 2.10")
 
+R = TypeVar("R")
 NAMESPACE = "quark_kernels"
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""The classes of tensors that are no more than that."""
 OPERATORS = torch.ops.quark_kernels
 
 OVERLOADS: list[tuple[Op, str, str, bool]] = []
@@ -33,36 +46,70 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _allocate(op: Op, tensors: Sequence[torch.Tensor], text: str) -> tuple[torch.Tensor, ...]:
+def planned(plan: Callable[..., R], *arguments: Any) -> R:
+    """Return ``schema.planned``. Dynamo, which traces through caches and warns of it, plans once for a graph anyway."""
+    if not is_compiling():
+        try:
+            result: R = schema.remembered(plan, *arguments)
+            return result
+        except TypeError:
+            pass
+    return plan(*arguments)
+
+
+def _outputs(op: Op, text: str, dtype: torch.dtype, *shapes: torch.Size) -> list[tuple[schema.Shape, torch.dtype]]:
+    """The shape and dtype of every output of a call."""
     spec = OpSpec.parse(text)
-    shape = logical_shape(op, spec, [tuple(t.shape) for t in tensors])
-    first = tensors[0]
-    return tuple(
-        torch.empty(size, dtype=getattr(torch, name), device=first.device)
-        for size, name in outputs(op, spec, shape, dtype_name(first.dtype))
-    )
+    shape = logical_shape(op, spec, [tuple(size) for size in shapes])
+    return [(size, getattr(torch, name)) for size, name in outputs(op, spec, shape, dtype_name(dtype))]
 
 
-def _result(outs: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    return outs[0] if len(outs) == 1 else outs
+Run = Callable[..., Any]
+"""What an operator does on tensors of given types, with a given spec: takes the tensors, returns the results."""
+
+
+@lru_cache(4096)
+def bound(name: str, text: str, dtype: torch.dtype, *shapes: torch.Size) -> Run:
+    """Return what an operator does on plain tensors whose first has this dtype.
+
+    ``shapes``: of the first one, which has the shape of the data or codes; with a batch, of all.
+    """
+    core, made = getattr(_core, name), _outputs(OPS[name], text, dtype, *shapes)
+    if made[0][0] == shapes[0] and len(made) == 1:
+        result = made[0][1]
+
+        def run_like(*tensors: torch.Tensor) -> Any:  # torch has less to parse
+            out = torch.empty_like(tensors[0], dtype=result, memory_format=torch.contiguous_format)
+            core(tensors, (out,), text, torch.get_num_threads())
+            return out
+
+        return run_like
+
+    def run(*tensors: torch.Tensor) -> Any:
+        device = tensors[0].device
+        outs = tuple([torch.empty(size, dtype=dtype, device=device) for size, dtype in made])
+        core(tensors, outs, text, torch.get_num_threads())
+        return outs[0] if len(outs) == 1 else outs
+
+    return run
 
 
 def _kernel(op: Op) -> Callable[..., Any]:
-    core = getattr(_core, op.name)
-
     def run(*arguments: Any) -> Any:
-        *tensors, text = arguments
-        outs = _allocate(op, tensors, text)
-        core(tuple(tensors), outs, text, torch.get_num_threads())
-        return _result(outs)
+        tensors, text = arguments[:-1], arguments[-1]
+        first = tensors[0]
+        shapes = [t.shape for t in tensors] if "batch=" in text else [first.shape]
+        return bound(op.name, text, first.dtype, *shapes)(*tensors)
 
     return run
 
 
 def _fake(op: Op) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
-        *tensors, text = arguments
-        return _result(_allocate(op, tensors, text))
+        tensors, text = arguments[:-1], arguments[-1]
+        made, device = _outputs(op, text, tensors[0].dtype, *[t.shape for t in tensors]), tensors[0].device
+        outs = tuple(torch.empty(size, dtype=dtype, device=device) for size, dtype in made)
+        return outs[0] if len(outs) == 1 else outs
 
     return run
 
@@ -155,27 +202,52 @@ def is_distributed(t: torch.Tensor) -> bool:
     return type(t) is not torch.Tensor and type(t).__name__ == "DTensor"
 
 
-def _find(name: str, given: Sequence[torch.Tensor], spec: OpSpec, *, out: bool = False) -> Any:
-    """The overload of a call."""
-    for t in given:
-        if is_distributed(t):
-            import quark_torch.distributed  # noqa: F401  # which torch alone doesn't import
+def _find(name: str, count: int, spec: OpSpec, out: bool) -> Any:
+    """The overload of a call that is given so many tensors."""
     op = OPS[name]
     letters = [letter for letter in "gkp" if letter in op.ins + op.outs and spec.takes(letter)]
     inputs = sum(1 for letter in op.ins if letter not in OPTIONAL or letter in letters)
-    if (spec.is_asymmetric and op.gives_zero_point) or len(given) > inputs:
+    if (spec.is_asymmetric and op.gives_zero_point) or count > inputs:
         letters.append("z")
     return getattr(getattr(OPERATORS, name), _overload("".join(letters), out=out))
 
 
-def call(name: str, tensors: Sequence[torch.Tensor | None], spec: OpSpec) -> Any:
+def is_plain(*tensors: Any) -> bool:
+    """Return whether torch's dispatcher would come to the CPU kernel with these, and have nothing to do on the way.
+
+    Then what is ``bound`` can be called at once: the way takes as long again. Kernels that a user has put in place of
+    ours, and observers of the dispatcher other than torch's profiler, don't see such calls.
+    """
+    if (
+        is_compiling()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack()
+        or _is_torch_function_mode_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or _profiler_enabled()
+        or _is_tracing()
+    ):
+        return False
+    is_recorded = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) not in PLAIN or not t.is_cpu or t.is_nested or (is_recorded and t.requires_grad):
+            return False
+        if t.is_neg() or t._is_zerotensor():
+            return False
+    return True
+
+
+def call(name: str, tensors: Sequence[torch.Tensor | None], spec: OpSpec, *out: torch.Tensor) -> Any:
     """Call an operator's overload for these tensors, which are in the order of its row; None is left out."""
     given = [t for t in tensors if t is not None]
-    return _find(name, given, spec)(*given, spec.text)
-
-
-def call_out(name: str, tensors: Sequence[torch.Tensor | None], spec: OpSpec, out: torch.Tensor) -> torch.Tensor:
-    """Call an operator's ``out`` overload and return ``out``."""
-    given = [t for t in tensors if t is not None]
-    _find(name, given, spec, out=True)(*given, spec.text, out)
-    return out
+    if not out and is_plain(*given):
+        shapes = [t.shape for t in given] if spec.batch else [given[0].shape]
+        try:
+            return bound(name, spec.text, given[0].dtype, *shapes)(*given)
+        except RuntimeError:
+            pass  # no memory of its own has what torch.func has wrapped, where it has got out of there
+    for t in (*given, *out):
+        if is_distributed(t):
+            import quark_torch.distributed  # noqa: F401  # which torch alone doesn't import
+    return planned(_find, name, len(given), spec, bool(out))(*given, spec.text, *out)
