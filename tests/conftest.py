@@ -59,5 +59,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    for *cell, outcome in getattr(node, "workeroutput", {}).get("transforms", []):
-        transforms.RESULTS[tuple(cell)] = outcome
+    for row in getattr(node, "workeroutput", {}).get("transforms", []):
+        transforms.record(*row)

@@ -69,12 +69,8 @@ def record(framework: str, function: str, transform: str, outcome: str = "works"
     assert transform in TRANSFORMS[framework], transform
     assert any(f.name == function for f in FUNCTIONS), function
     key = framework, function, transform
-    before = RESULTS.get(key, "works")
-    if outcome == "works" or outcome in before:
-        outcome = before
-    elif before != "works":
-        outcome = f"{before}; {outcome}"
-    RESULTS[key] = outcome
+    outcomes = {*RESULTS.get(key, "works").split("; "), *outcome.split("; ")} - {"works"}
+    RESULTS[key] = "; ".join(sorted(outcomes)) or "works"
 
 
 class Variant(NamedTuple):
