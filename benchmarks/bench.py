@@ -216,9 +216,13 @@ def main() -> None:
     options = parse()
     jobs, left_out = plan(quick=options.quick, peers=options.peers)
     where = report.machine()
-    measured = {"machine": where, "left_out": left_out, "rows": list(run(jobs))}
-    where["load after"] = report.load()
-    report.write(measured, options.output)
+    rows: list[report.Row] = []
+    measured = {"machine": where, "left_out": left_out, "rows": rows}
+    try:
+        rows.extend(run(jobs))  # one by one: what has been measured is written whatever comes after
+    finally:
+        where["load after"] = report.load()
+        report.write(measured, options.output)
     print((options.output / "bench.md").read_text())
     if options.docs:
         report.write_docs(measured)

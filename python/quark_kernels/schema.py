@@ -314,8 +314,9 @@ def call_plan(
         expect_scale_of(whole, scale.dtype)
     if isinstance(zero_point, Part):
         expect_integer("zero_point", zero_point.dtype)
+    is_number = scale is True and whole.scale_format not in ("float32", "e4m3")  # refused by the frontend
     for name, part in (("scale", scale), ("zero_point", zero_point)):
-        if part is not False:
+        if part is not False and not is_number:
             expect_scale_shape(name, () if part is True else part.shape, whole, normal, shape)
     return CallPlan(whole, op_spec, use_packed(whole, packed), normal)
 
