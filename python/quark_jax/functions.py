@@ -82,8 +82,7 @@ Kind = tuple[Shape, Any] | bool
 
 def kind(a: Any) -> Kind:
     """Return what a plan needs to know of a scale or zero point."""
-    is_array = isinstance(a, jax.Array) or (isinstance(a, np.generic) and not isinstance(a, numbers.Real))
-    return (a.shape, a.dtype) if is_array else a is not None
+    return (a.shape, a.dtype) if isinstance(a, (jax.Array, np.generic)) else a is not None
 
 
 def _part(kind: Kind) -> Part | bool:
@@ -121,7 +120,8 @@ def _qparams(
     """
     scale, zero_point = _array_or_number("scale", scale), _array_or_number("zero_point", zero_point)
     has_seed = seed is not None
-    kinds = kind(scale), kind(zero_point)
+    # NumPy's scalars are numbers here, as Python's are.
+    kinds = [isinstance(a, numbers.Real) or kind(a) for a in (scale, zero_point)]
     plan = schema.planned(_plan, spec, x.shape, axis, group_size, packed, *kinds, has_seed)
     key = _key(seed) if has_seed else None
     if scale is None:
