@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from quark_kernels.formats import FORMATS, ROUNDINGS, ElementFormat
 
@@ -126,6 +125,7 @@ class QuantSpec:
     symmetric: bool = field(default=True, kw_only=True)
     quant_min: int | None = field(default=None, kw_only=True)
     quant_max: int | None = field(default=None, kw_only=True)
+    text: ClassVar[str]  # of each spec its own: the canonical form, made once
 
     def __post_init__(self) -> None:
         """Check every field, and what only makes sense together."""
@@ -157,7 +157,14 @@ class QuantSpec:
             raise ValueError(f"symmetric is False; {self.format} has no zero point, only integer formats have one")
         self._check_range(row)
         self._check_scale_format(row)
-        self.text  # noqa: B018  # made now, so that all that follows finds it
+        object.__setattr__(self, "text", self._text())
+
+    def __getattr__(self, name: str) -> str:
+        """Return the text of a spec that was pickled without it."""
+        if name != "text":
+            raise AttributeError(f"QuantSpec has no attribute {name!r}")
+        object.__setattr__(self, "text", self._text())
+        return self.text
 
     def __hash__(self) -> int:
         """Return the hash of the text: equal specs have the same, and Python keeps it."""
@@ -201,9 +208,7 @@ class QuantSpec:
         """Return the canonical short form, such as ``"int4 group=128,-1 asymmetric"``."""
         return self.text
 
-    @cached_property
-    def text(self) -> str:
-        """The canonical text form, made once."""
+    def _text(self) -> str:
         words = [self.format]
         match self.granularity:
             case PerChannel(axis):
