@@ -135,7 +135,7 @@ struct Data {
   }
 
   /// The elements themselves where they are 16-bit floats in one piece, else nullptr.
-  QUARK_INLINE const void* words(int64_t begin) const {
+  QUARK_INLINE const uint16_t* words(int64_t begin) const {
     const bool is_word = view.dtype == DType::float16 || view.dtype == DType::bfloat16;
     return is_word && is_whole() ? static_cast<const uint16_t*>(view.data) + begin : nullptr;
   }
@@ -198,10 +198,18 @@ alignas(64) inline constexpr float kNoZeroPoints[kTile] = {};
 /// The neighbours that loops over groups take together.
 inline constexpr int64_t kStep = 16;
 
-/// An entry for every element, from one for every kStep.
-QUARK_INLINE void expand_steps(const float* steps, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += kStep)
-    for (int64_t j = 0; j < kStep; ++j) to[i + j] = steps[i / kStep];
+/// `n` numbers, each of `from` so many times in a row, the last one as often as there is room for it.
+template <class T>
+void repeat(const T* from, int64_t times, int64_t n, float* to) {
+  const auto repeat_by = [=](auto count) {
+    for (int64_t i = 0; i < n; ++i) to[i] = float(from[i / count]);
+  };
+  if (times == 1) return repeat_by(std::integral_constant<int64_t, 1>());
+  if (times == 2) return repeat_by(std::integral_constant<int64_t, 2>());
+  for (int64_t i = 0; i < n; ++from) {
+    const auto number = float(*from);
+    for (const int64_t end = min(i + times, n); i < end; ++i) to[i] = number;
+  }
 }
 
 /// What a call knows of its scales: the tensors of ops.inc's letters s, g, p and z; absent ones are null.
@@ -303,9 +311,20 @@ struct StepReader {
   static Walk& walk_of_reader(ScaleReader& scales) { return scales.walk(); }
 };
 
+/// The byte of pair bits of `n` elements: bits 2 j and 2 j + 1 of `below`, of elements, to bit j. A last element
+/// without a neighbour goes by itself.
+QUARK_INLINE uint8_t pair_bits_of(uint32_t below, int64_t n) {
+  below |= ~0u << uint32_t(n);
+  uint32_t both = below & below >> 1 & 0x5555u;  // the even bits move together
+  both = (both | both >> 1) & 0x3333u;
+  both = (both | both >> 2) & 0x0f0fu;
+  both |= both >> 4;
+  return uint8_t(both & ((1u << uint32_t((n + 1) / 2)) - 1u));
+}
+
 /// The scales of up to kPairByte neighbours, from the first pair of a byte of pair bits on: halved where the bit is
 /// set.
-QUARK_INLINE void halve_pairs_of(uint32_t byte, const float* scales, int64_t n, float* to) {
+QUARK_INLINE void halve_pairs(uint32_t byte, const float* scales, int64_t n, float* to) {
   const auto halve = [=](int64_t i) { to[i] = scales[i] * (byte >> uint32_t(i / 2) & 1u ? 0.5f : 1.0f); };
   if (n == kPairByte) {
     QUARK_VECTORIZE_STEP
@@ -344,7 +363,7 @@ class Scales {
   QUARK_INLINE TileScales load(int64_t begin, int64_t count, float* s, float* z) const {
     const int64_t step = step_of(begin, count), n = step == kTile ? 1 : count / step;
     const float* scales = step == kStep ? scale_steps_.load(begin, n, s) : scale_.load(begin, n, s);
-    if (pair_bits_) scales = halve_pairs(begin, count, scales, s);
+    if (pair_bits_) scales = with_pairs(begin, count, scales, s);
     if (has_zero_) return {scales, step == kStep ? zero_steps_.load(begin, n, z) : zero_.load(begin, n, z), step};
     return {scales, kNoZeroPoints, step};
   }
@@ -369,11 +388,11 @@ class Scales {
   }
 
   /// Halves the scales of the pairs whose bit is set.
-  QUARK_INLINE const float* halve_pairs(int64_t begin, int64_t count, const float* scales, float* to) const {
+  QUARK_INLINE const float* with_pairs(int64_t begin, int64_t count, const float* scales, float* to) const {
     pairs_.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
       const int64_t along = (begin + position) / inner_ % length_, step = inner_ == 1 && length_ > 1 ? 1 : 0;
       if (step == 1 && stride == 0 && along % kPairByte == 0)
-        return halve_pairs_of(pair_bits_[offset], scales + position, n, to + position);
+        return halve_pairs(pair_bits_[offset], scales + position, n, to + position);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t bit = (along + i * step) % kPairByte / 2;
         const bool is_half = (pair_bits_[offset + i * stride] >> bit & 1) != 0;
@@ -508,8 +527,8 @@ void tile_loop(const float* x, const float* other, const uint32_t* random, float
   const float *s = scales.s, *z = scales.z;
   alignas(64) float all_s[kTile], all_z[kTile];
   if (scales.step == kStep) {
-    expand_steps(s, n, all_s);
-    expand_steps(z, n, all_z);
+    repeat(s, kStep, n, all_s);
+    repeat(z, kStep, n, all_z);
     s = all_s, z = all_z;
   }
   QUARK_VECTORIZE

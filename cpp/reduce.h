@@ -14,7 +14,7 @@ namespace {
 
 /// What a reduction keeps per scale: two numbers that an unsigned maximum orders.
 struct Extremes {
-  uint32_t low, high;
+  uint32_t low = 0, high = 0;
 };
 
 QUARK_INLINE uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
@@ -110,7 +110,7 @@ class ExtremesReader {
   /// Of up to a tile's elements from `begin` on.
   QUARK_INLINE Extremes run(int64_t begin, int64_t n) const {
     // Magnitudes of 16-bit floats have the order of their bits.
-    if (const auto* words = is_magnitude_ ? static_cast<const uint16_t*>(data_.words(begin)) : nullptr) {
+    if (const auto* words = is_magnitude_ ? data_.words(begin) : nullptr) {
       uint16_t most = 0;
       QUARK_VECTORIZE
       for (int64_t i = 0; i < n; ++i) {
@@ -385,10 +385,7 @@ inline void choose_pairs(const TensorView& x, const ScaleTensors& out, const Qua
               if (!is_below_exponent(value, *t.scales.load(from + i * inner, 1, scale), t.grid)) below &= ~(1u << i);
             }
           }
-          // Element bits 2 j and 2 j + 1 to pair bit j.
-          uint32_t byte = 0;
-          for (int64_t j = 0; 2 * j < n; ++j) byte |= (below >> (2 * j) & below >> (2 * j + 1) & 1u) << j;
-          static_cast<uint8_t*>(t.bits.data)[index] = uint8_t(byte);
+          static_cast<uint8_t*>(t.bits.data)[index] = pair_bits_of(below, n);
         }
       },
       &task);
@@ -458,11 +455,11 @@ void for_each_unit(const GroupRuns& runs, Executor& executor, const F& f) {
 }
 
 /// The bits of a tile's pairs, as choose_pairs writes them, and their scales halved. The tile starts on a byte of bits.
-inline void halve_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, const Grid& grid) {
+inline void choose_tile_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, const Grid& grid) {
   const Grid g = grid;
   for (int64_t at = 0; at < n; at += kPairByte) {
     const int64_t count = min(kPairByte, n - at);
-    uint32_t below = count < kPairByte ? ~0u << uint32_t(count) : 0u;  // a neighbour beyond the end counts as 0
+    uint32_t below = 0;
     const auto add = [&](int64_t i) { below |= is_below_exponent(x[at + i], s[at + i], g) ? 1u << uint32_t(i) : 0u; };
     if (count == kPairByte) {
       QUARK_VECTORIZE_STEP
@@ -470,27 +467,9 @@ inline void halve_pairs(const float* x, float* s, int64_t n, uint8_t* bytes, con
     } else {
       for (int64_t i = 0; i < count; ++i) add(i);
     }
-    // Element bits 2 j and 2 j + 1 to pair bit j: the even bits move together.
-    uint32_t both = below & below >> 1 & 0x5555u;
-    both = (both | both >> 1) & 0x3333u;
-    both = (both | both >> 2) & 0x0f0fu;
-    both = (both | both >> 4) & ((1u << uint32_t((count + 1) / 2)) - 1u);
-    bytes[at / kPairByte] = uint8_t(both);
-    halve_pairs_of(both, s + at, count, s + at);
-  }
-}
-
-/// `n` numbers, each of `from` so many times in a row.
-template <class T>
-void repeat(const T* from, int64_t times, int64_t n, float* to) {
-  const auto repeat_by = [=](auto count) {
-    for (int64_t i = 0; i < n; ++i) to[i] = float(from[i / count]);
-  };
-  if (times == 1) return repeat_by(std::integral_constant<int64_t, 1>());
-  if (times == 2) return repeat_by(std::integral_constant<int64_t, 2>());
-  for (int64_t i = 0, left = times; i < n; ++i, --left) {
-    if (left == 0) ++from, left = times;
-    to[i] = float(*from);
+    const uint8_t byte = pair_bits_of(below, count);
+    bytes[at / kPairByte] = byte;
+    halve_pairs(byte, s + at, count, s + at);
   }
 }
 
@@ -530,14 +509,14 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
       writer.store(index, groups, n);
       const int64_t least = pair_bits ? 1 : kStep;
       const TileScales scales = spread(groups, least, runs.group, n, count, s, writer.has_zero_points() ? z : nullptr);
-      if (pair_bits) halve_pairs(values, s, count, pair_bits + pair_byte, extremes.grid());
+      if (pair_bits) choose_tile_pairs(values, s, count, pair_bits + pair_byte, extremes.grid());
       apply(begin, count, values, scales);
     }
 
     /// A group of several tiles: once for its scale, once more to apply it.
     void group(int64_t begin, int64_t count, int64_t index) const {
       alignas(64) float x[kTile];
-      Extremes e{0, 0};
+      Extremes e;
       for (int64_t at = 0; at < count; at += kTile) e = max(e, extremes.run(begin + at, min(kTile, count - at)));
       const ScaleAndZero r = scale_of(e);
       writer.store(index, r);
@@ -581,7 +560,7 @@ inline bool find_extremes(const TensorView& x, const TensorView& out, const Quan
   if (const GroupRuns runs(x, spec); runs.found) {
     for_each_unit(runs, executor, [&](int64_t begin, int64_t count, int64_t index, int64_t) {
       alignas(64) float buffer[kTile];
-      Extremes whole{0, 0};  // of a unit that is one group
+      Extremes whole;  // of a unit that is one group
       for (int64_t at = 0; at < count; at += kTile) {
         const int64_t n = min(kTile, count - at);
         const float* values = data.load(begin + at, n, buffer);

@@ -50,11 +50,9 @@ class SearchScales {
 
   SearchScales(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec)
       : x_(x),
-        data_(x),
         spec_(spec),
         extremes_(x, spec),
-        grid_(extremes_.grid()),
-        scale_of_(spec_, grid_, nullptr),
+        scale_of_(spec_, extremes_.grid(), nullptr),
         writer_(*out.scale, out.zero_point),
         loop_(tile_loop_for<FakeQuantizeBody>(spec, x.dtype, out.zero_point != nullptr)) {
     for (int d = 0; d < spec.rank; ++d) longest_ *= spec.block[d] == 0 ? x.shape[d] : min(spec.block[d], x.shape[d]);
@@ -74,12 +72,12 @@ class SearchScales {
     int64_t n = 0;
     const float* x = buffer;
     for_each_run_of_scale(index, x_.shape, spec_, [&](int64_t begin, int64_t count) {
-      if (const float* here = n == 0 && count == longest_ ? data_.direct(begin) : nullptr) {
+      if (const float* here = n == 0 && count == longest_ ? extremes_.data().direct(begin) : nullptr) {
         x = here;  // the whole group, as it is
       } else {
         for (int64_t at = 0; at < count; at += kTile) {
           const int64_t part = min(kTile, count - at);
-          const float* values = data_.load(begin + at, part, buffer + n + at);
+          const float* values = extremes_.data().load(begin + at, part, buffer + n + at);
           if (values != buffer + n + at) std::memcpy(buffer + n + at, values, size_t(part) * sizeof(float));
         }
       }
@@ -125,7 +123,7 @@ class SearchScales {
     for (int64_t at = 0; at < n; at += kTile) {
       const int64_t count = min(kTile, n - at);
       const float* from = x + at;
-      loop_(from, from, nullptr, y, count, scales, float_of(kMaxFinite), grid_);
+      loop_(from, from, nullptr, y, count, scales, float_of(kMaxFinite), extremes_.grid());
       double lane[kLanes] = {};
       for (int64_t i = 0; i < count; ++i) {
         const double d = double(y[i]) - double(from[i]);
@@ -137,10 +135,8 @@ class SearchScales {
   }
 
   const TensorView& x_;
-  Data data_;
   const QuantSpec& spec_;
   ExtremesReader extremes_;
-  Grid grid_;
   ScaleRuler scale_of_;
   ScaleWriter writer_;
   TileLoop loop_;

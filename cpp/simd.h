@@ -334,12 +334,11 @@ inline void random_words(uint64_t first, int64_t blocks, uint64_t key, uint32_t*
 /// How eight codes, a byte each, are one word's bytes, and its low 8 * bits bits: in three steps fields of 8, 16 and 32
 /// bits are joined in pairs, the upper one coming down by what its lower neighbour leaves free.
 struct BitPacking {
-  uint32_t bits;
   uint64_t code;                ///< a code's bits in every byte
   uint64_t lower[3], upper[3];  ///< of the pairs of a step
   uint32_t shift[3];
 
-  explicit BitPacking(uint32_t width) : bits(width), code(0x0101010101010101u * ((1u << width) - 1u)) {
+  explicit BitPacking(uint32_t width) : code(0x0101010101010101u * ((1u << width) - 1u)) {
     for (int step = 0; step < 3; ++step) {
       const int field = 8 << step;  // bits apart; width << step of them are taken
       const uint64_t taken = (uint64_t(1) << (width << step)) - 1u;

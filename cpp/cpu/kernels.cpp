@@ -38,8 +38,9 @@ class Operands {
 
 int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
-/// Whether the results of a call are more than the last cache keeps, with the tensors that they are made from.
-bool is_streamed(int64_t bytes) { return bytes > last_cache_bytes(); }
+/// Whether results are written past the caches: with what they are made from they are more than these keep, and they
+/// aren't the lesser part of it.
+bool is_streamed(int64_t read, int64_t written) { return written >= read && read + written > last_cache_bytes(); }
 
 /// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes. `data` is the dtype of the numbers.
 template <class Body, class In, class Out>
@@ -55,7 +56,7 @@ class Elementwise {
         grid_(make_grid(spec, shape.dtype)),
         loop_(tile_loop_for<Body>(spec, shape.dtype, scales_.has_zero_points())),
         ordinary_(ordinary_loop_for<Body>(spec, shape.dtype, std::is_same_v<Out, Codes>)),
-        stream_(out.bytes() >= x.bytes() && is_streamed(x.bytes() + out.bytes())) {
+        stream_(is_streamed(x.bytes(), out.bytes())) {
     if constexpr (std::is_same_v<Out, Data>) limit_ = limit_of(out.view.dtype, spec);
     if constexpr (std::is_same_v<In, Codes>) {
       largest_ = x.largest();

@@ -90,18 +90,8 @@ def _part(kind: Kind) -> Part | bool:
     return kind if isinstance(kind, bool) else Part(kind[0], kind[1].name)
 
 
-def _plan(
-    spec: Any,
-    shape: Shape,
-    axis: int | None,
-    group_size: int | None,
-    packed: bool | None,
-    scale: Kind,
-    zero_point: Kind,
-    has_seed: bool,
-) -> CallPlan:
-    whole, parts = resolve_spec(spec), (_part(scale), _part(zero_point))
-    return schema.call_plan(whole, shape, axis, group_size, packed, *parts, has_seed)
+def _plan(spec: Any, scale: Kind, zero_point: Kind, *call: Any) -> CallPlan:
+    return schema.call_plan(resolve_spec(spec), _part(scale), _part(zero_point), *call)
 
 
 def _qparams(
@@ -122,7 +112,7 @@ def _qparams(
     has_seed = seed is not None
     # NumPy's scalars are numbers here, as Python's are.
     kinds = [isinstance(a, numbers.Real) or kind(a) for a in (scale, zero_point)]
-    plan = schema.planned(_plan, spec, x.shape, axis, group_size, packed, *kinds, has_seed)
+    plan = schema.planned(_plan, spec, *kinds, has_seed, x.shape, axis, group_size, packed)
     key = _key(seed) if has_seed else None
     if scale is None:
         return plan, QParams(key=key)

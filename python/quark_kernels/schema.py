@@ -294,13 +294,13 @@ class CallPlan(NamedTuple):
 
 def call_plan(
     spec: QuantSpec,
+    scale: Part | bool,
+    zero_point: Part | bool,
+    has_seed: bool,
     shape: Shape,
     axis: int | None,
     group_size: int | None,
     packed: bool | None,
-    scale: Part | bool,
-    zero_point: Part | bool,
-    has_seed: bool,
 ) -> CallPlan:
     """Plan a call. Raises where what it is given doesn't go together.
 

@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 from quark_kernels import documented, schema
 from quark_kernels.documented import Given, Layout, LearnPlan
 from quark_kernels.formats import FIXED_ROUNDINGS
-from quark_kernels.schema import CallPlan, OpSpec, Part, QParams, Shape, remembered
+from quark_kernels.schema import CallPlan, OpSpec, Part, QParams, Shape
 from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 from quark_torch.autograd import Recorded, is_recorded, is_transformed
-from quark_torch.ops import Run, bound, call, dtype_name, is_distributed, is_plain, planned
+from quark_torch.ops import Run, bound, call, dtype_name, is_distributed, planned, run_plain
 from quark_torch.qtensor import QTensor
 
 NUMBER = "a number or a torch.Tensor"
@@ -63,18 +63,8 @@ def _part(kind: Kind) -> Part | bool:
     return kind if isinstance(kind, bool) else Part(tuple(kind[0]), dtype_name(kind[1]))
 
 
-def _plan(
-    spec: SpecLike,
-    shape: torch.Size,
-    axis: int | None,
-    group_size: int | None,
-    packed: bool | None,
-    scale: Kind,
-    zero_point: Kind,
-    has_seed: bool,
-) -> CallPlan:
-    whole, parts = resolve_spec(spec), (_part(scale), _part(zero_point))
-    return schema.call_plan(whole, tuple(shape), axis, group_size, packed, *parts, has_seed)
+def _plan(spec: SpecLike, scale: Kind, zero_point: Kind, has_seed: bool, shape: torch.Size, *how: Any) -> CallPlan:
+    return schema.call_plan(resolve_spec(spec), _part(scale), _part(zero_point), has_seed, tuple(shape), *how)
 
 
 def _float32(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
@@ -98,7 +88,7 @@ def _qparams(
 ) -> tuple[CallPlan, QParams]:
     """The plan of a call; the given scale, zero point and seed as the core takes them, no scale where it is dynamic."""
     has_seed = seed is not None
-    plan = planned(_plan, spec, x.shape, axis, group_size, packed, kind(scale), kind(zero_point), has_seed)
+    plan = planned(_plan, spec, kind(scale), kind(zero_point), has_seed, x.shape, axis, group_size, packed)
     key = _key(seed, x) if has_seed else None
     if scale is None:
         return plan, QParams(None, None, None, key)
@@ -413,12 +403,10 @@ def fake_quantize(
         ValueError: a wrong name, shape, axis, size or combination.
 
     """
-    if isinstance(scale, torch.Tensor) and zero_point is None and seed is None and out is None and is_plain(x, scale):
-        kinds = x.shape, x.dtype, scale.shape, scale.dtype
-        try:
-            return remembered(_fake_quantize_run, spec, *kinds, axis, group_size, gradient)(x, scale)  # type: ignore[no-any-return]
-        except (TypeError, RuntimeError):
-            pass  # what is wrong, if anything, turns out below
+    if zero_point is None and seed is None and out is None:
+        y = run_plain(_fake_quantize_run, x, scale, spec, axis, group_size, gradient)
+        if y is not None:
+            return y
     x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
     (_, op_spec, _, _), params = _qparams(spec, x, axis, group_size, False, scale, zero_point, seed)
@@ -434,26 +422,26 @@ def fake_quantize(
 
 
 def _fake_quantize_run(
-    spec: SpecLike,
     shape: torch.Size,
     dtype: torch.dtype,
     scale_shape: torch.Size,
     scale_dtype: torch.dtype,
+    spec: SpecLike,
     axis: int | None,
     group_size: int | None,
     gradient: str,
-) -> Run:
-    """What a call on plain tensors comes to. Raises TypeError where the scale isn't as the core takes it."""
+) -> Run | None:
+    """What a call on plain tensors comes to; None where the scale isn't as the core takes it."""
     schema.expect_float("x", dtype_name(dtype))
     one_of("gradient", gradient, schema.GRADIENTS)
-    plan = _plan(spec, shape, axis, group_size, False, (scale_shape, scale_dtype), False, False)
+    plan = _plan(spec, (scale_shape, scale_dtype), False, False, shape, axis, group_size, False)
     is_number = plan.spec.scale_format == "float32"
     if (
         plan.op_spec.has_global_scale
         or scale_shape not in ((), plan.scale_shape)
         or (is_number and scale_dtype != torch.float32)
     ):
-        raise TypeError
+        return None
     return bound("fake_quantize", plan.op_spec.text, dtype, shape)
 
 

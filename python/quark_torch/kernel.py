@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from quark_kernels import documented
 from quark_kernels.documented import LearnPlan, Plan
-from quark_kernels.schema import OpSpec, remembered
+from quark_kernels.schema import OpSpec
 from quark_kernels.spec import one_of
 from quark_torch.autograd import Recorded
 from quark_torch.functions import (
@@ -47,7 +47,7 @@ from quark_torch.functions import (
     scale_tensor,
     zero_point_tensor,
 )
-from quark_torch.ops import Run, bound, call, dtype_name, is_plain, planned
+from quark_torch.ops import Run, bound, call, dtype_name, planned, run_plain
 
 __all__ = [
     "DeQuantizeFunction",
@@ -220,12 +220,10 @@ def _scales(quant_dtype: str, scale: Any, zero_point: Any, like: torch.Tensor) -
 
 def _quantize(op: str, quant_dtype: str, inputs: torch.Tensor, scale: Any, zero_point: Any, *how: Any) -> torch.Tensor:
     """Scaled quantization: fake (``op`` is "fake_quantize") or real ("quantize")."""
-    if zero_point is None and is_plain(inputs, scale):
-        kinds = inputs.shape, inputs.dtype, scale.shape, scale.dtype
-        try:
-            return remembered(_run, op, quant_dtype, *kinds, *how)(inputs, scale)  # type: ignore[no-any-return]
-        except (TypeError, RuntimeError):
-            pass  # what is wrong, if anything, turns out below
+    if zero_point is None:
+        y = run_plain(_quantize_run, inputs, scale, op, quant_dtype, *how)
+        if y is not None:
+            return y
     x = check_data("inputs", inputs)
     one_of("quant_dtype", quant_dtype, documented.SCALED)
     if quant_dtype in documented.CASTS:
@@ -244,19 +242,19 @@ def _quantize_plan(
     return documented.quantize_plan(quant_dtype, tuple(shape), dtype_name(dtype), s, z, *how, real=op == "quantize")
 
 
-def _run(
-    op: str,
-    quant_dtype: str,
+def _quantize_run(
     shape: torch.Size,
     dtype: torch.dtype,
     scale_shape: torch.Size,
     scale_dtype: torch.dtype,
+    op: str,
+    quant_dtype: str,
     *how: Any,
-) -> Run:
-    """What a call on plain tensors comes to. Raises TypeError where the scale isn't as the core takes it."""
+) -> Run | None:
+    """What a call on plain tensors comes to; None where the scale isn't as the core takes it."""
     one_of("quant_dtype", quant_dtype, documented.SCALED)
     if quant_dtype in documented.CASTS or scale_dtype != torch.float32 or dtype not in DATA_DTYPES:
-        raise TypeError
+        return None
     plan = _quantize_plan(op, quant_dtype, shape, dtype, (scale_shape, scale_dtype), False, *how)
     layout = plan.scale
     if (
@@ -265,7 +263,7 @@ def _run(
         or not layout.is_normal
         or scale_shape not in ((), layout.normal)
     ):
-        raise TypeError
+        return None
     return bound(op, plan.spec.text, dtype, shape)
 
 

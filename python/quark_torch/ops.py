@@ -48,13 +48,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def planned(plan: Callable[..., R], *arguments: Any) -> R:
     """Return ``schema.planned``. Dynamo, which traces through caches and warns of it, plans once for a graph anyway."""
-    if not is_compiling():
-        try:
-            result: R = schema.remembered(plan, *arguments)
-            return result
-        except TypeError:
-            pass
-    return plan(*arguments)
+    return plan(*arguments) if is_compiling() else schema.planned(plan, *arguments)
 
 
 def _outputs(op: Op, text: str, dtype: torch.dtype, *shapes: torch.Size) -> list[tuple[schema.Shape, torch.dtype]]:
@@ -236,6 +230,17 @@ def is_plain(*tensors: Any) -> bool:
         if t.is_neg() or t._is_zerotensor():
             return False
     return True
+
+
+def run_plain(plan: Callable[..., Run | None], x: Any, scale: Any, *how: Any) -> torch.Tensor | None:
+    """Return what the core makes of x and its scale; None if they aren't plain or the plan of the call is None."""
+    if not is_plain(x, scale):
+        return None
+    run = schema.planned(plan, x.shape, x.dtype, scale.shape, scale.dtype, *how)
+    try:
+        return None if run is None else run(x, scale)
+    except (TypeError, RuntimeError):
+        return None  # what is wrong, if anything, turns out on the long way
 
 
 def call(name: str, tensors: Sequence[torch.Tensor | None], spec: OpSpec, *out: torch.Tensor) -> Any:
