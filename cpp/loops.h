@@ -116,6 +116,16 @@ inline Walk scale_walk(const TensorView& scale, const int64_t* shape, const Quan
 
 // ---- tiles --------------------------------------------------------------------------------------------------------
 
+/// Room for a tile in any dtype.
+struct RawTile {
+  alignas(64) char bytes[kTile * 8];
+
+  template <class T>
+  T* as() {
+    return reinterpret_cast<T*>(bytes);
+  }
+};
+
 /// A tensor read or written tile by tile as float32.
 struct Data {
   TensorView view;
@@ -127,17 +137,12 @@ struct Data {
   QUARK_INLINE bool is_whole() const {
     return walk.rank == 0 || (walk.rank == 1 && walk.stride[0] == 1 && walk.block[0] == 1);
   }
+  DType dtype() const { return view.dtype; }
   int64_t bytes() const { return view.elements() * bytes_of(view.dtype); }
 
   /// The elements themselves where they are float32 in one piece, else nullptr.
   QUARK_INLINE float* direct(int64_t begin) const {
     return is_whole() && view.dtype == DType::float32 ? static_cast<float*>(view.data) + begin : nullptr;
-  }
-
-  /// The elements themselves where they are 16-bit floats in one piece, else nullptr.
-  QUARK_INLINE const uint16_t* words(int64_t begin) const {
-    const bool is_word = view.dtype == DType::float16 || view.dtype == DType::bfloat16;
-    return is_word && is_whole() ? static_cast<const uint16_t*>(view.data) + begin : nullptr;
   }
 
   /// Asks for the next elements, where the data is in one piece: a processor's own prefetching ends with a page of
@@ -174,6 +179,46 @@ struct Data {
       });
     });
   }
+
+  // The same in the tensor's own dtype.
+
+  /// The elements: where they are if they are in one piece, else gathered in the buffer.
+  QUARK_INLINE const void* load_raw(int64_t begin, int64_t count, RawTile& buffer) const {
+    if (is_whole()) return static_cast<const char*>(view.data) + begin * bytes_of(view.dtype);
+    with_type(view.dtype, [&]<class T>(T*) {
+      T* to = buffer.as<T>();
+      walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+        const T* from = static_cast<const T*>(view.data) + offset;
+        for (int64_t i = 0; i < n; ++i) to[position + i] = from[i * stride];
+      });
+    });
+    return buffer.bytes;
+  }
+
+  /// What load_raw gave, as float32.
+  QUARK_INLINE const float* floats(const void* raw, int64_t count, float* buffer) const {
+    if (view.dtype == DType::float32) return static_cast<const float*>(raw);
+    with_type(view.dtype, [&]<class T>(T*) { read_all(Numbers<T>(raw), buffer, count); });
+    return buffer;
+  }
+
+  /// Where to write: in place where that is possible, else to the buffer, from where `store_raw` moves it.
+  QUARK_INLINE void* target_raw(int64_t begin, RawTile& buffer, bool stream) const {
+    char* here = static_cast<char*>(view.data) + begin * bytes_of(view.dtype);
+    return is_whole() && (!stream || is_line(here)) ? here : buffer.bytes;
+  }
+
+  QUARK_INLINE void store_raw(int64_t begin, int64_t count, const void* raw, bool stream) const {
+    if (is_whole() && raw == static_cast<const char*>(view.data) + begin * bytes_of(view.dtype)) return;
+    with_type(view.dtype, [&]<class T>(T*) {
+      walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+        const T* from = static_cast<const T*>(raw) + position;
+        T* to = static_cast<T*>(view.data) + offset;
+        if (stride == 1) return copy_bytes(to, from, n * int64_t(sizeof(T)), stream);
+        for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
+      });
+    });
+  }
 };
 
 /// Where results of a dtype saturate: its largest finite value (float64 is computed in float32), or nowhere.
@@ -190,13 +235,10 @@ inline float limit_of(DType dtype, const QuantSpec& spec) {
 struct TileScales {
   const float* s;
   const float* z;
-  int64_t step;  ///< kTile: one entry serves the whole tile; kStep; or 1
+  int64_t step;  ///< kTile: one entry serves the whole tile; else 1, or a multiple of kStep that divides the tile
 };
 
 alignas(64) inline constexpr float kNoZeroPoints[kTile] = {};
-
-/// The neighbours that loops over groups take together.
-inline constexpr int64_t kStep = 16;
 
 /// `n` numbers, each of `from` so many times in a row, the last one as often as there is room for it.
 template <class T>
@@ -258,7 +300,7 @@ class ScaleReader {
   QUARK_INLINE void decode_scales(const uint8_t* codes, int64_t n, float* to) const {
     if (tensor_scale_) {
       const float tensor_scale = element_of(*tensor_scale_);
-      decode_all(codes, to, n, e4m3_, 8);
+      decode_all(codes, to, n, e4m3_);
       for (int64_t i = 0; i < n; ++i) to[i] *= tensor_scale;
     } else {
       const int32_t shift = shift_;
@@ -276,8 +318,8 @@ class ScaleReader {
   bool is_number_;
 };
 
-/// Entries for every kStep neighbours, where groups along the last axis are whole numbers of these. Reader: Data or
-/// ScaleReader.
+/// Entries for every kStep neighbours or for every group, where groups along the last axis are whole numbers of kStep.
+/// Reader: Data or ScaleReader.
 template <class Reader>
 struct StepReader {
   Reader groups;  ///< its walk: an entry for every group
@@ -292,8 +334,9 @@ struct StepReader {
     --w.rank;
   }
 
-  /// The `n` entries from the element `begin` on, which is the first of its step.
-  QUARK_INLINE const float* load(int64_t begin, int64_t n, float* to) const {
+  /// The `n` entries from the element `begin` on, which is the first of its step: kStep or `group`.
+  QUARK_INLINE const float* load(int64_t begin, int64_t n, int64_t step, float* to) const {
+    if (step == group) return groups.load(begin / group, n, to);
     float buffer[kTile / kStep + 1];
     const int64_t first = group == 0 ? 0 : begin / group;
     const int64_t count = group == 0 ? 1 : (begin + n * kStep - 1) / group - first + 1;
@@ -362,10 +405,11 @@ class Scales {
   /// Fills the tile's entries into the buffers.
   QUARK_INLINE TileScales load(int64_t begin, int64_t count, float* s, float* z) const {
     const int64_t step = step_of(begin, count), n = step == kTile ? 1 : count / step;
-    const float* scales = step == kStep ? scale_steps_.load(begin, n, s) : scale_.load(begin, n, s);
+    const bool in_steps = step != 1 && step != kTile;
+    const float* scales = in_steps ? scale_steps_.load(begin, n, step, s) : scale_.load(begin, n, s);
     if (pair_bits_) scales = with_pairs(begin, count, scales, s);
-    if (has_zero_) return {scales, step == kStep ? zero_steps_.load(begin, n, z) : zero_.load(begin, n, z), step};
-    return {scales, kNoZeroPoints, step};
+    if (!has_zero_) return {scales, kNoZeroPoints, step};
+    return {scales, in_steps ? zero_steps_.load(begin, n, step, z) : zero_.load(begin, n, z), step};
   }
 
  private:
@@ -384,7 +428,10 @@ class Scales {
     if (pair_bits_) return 1;
     if (is_uniform(scale_.walk(), begin, count) && (!has_zero_ || is_uniform(zero_.walk, begin, count))) return kTile;
     const bool has_steps = scale_steps_.found && (!has_zero_ || zero_steps_.found);
-    return has_steps && begin % kStep == 0 && count % kStep == 0 ? kStep : 1;
+    if (!has_steps || begin % kStep != 0 || count % kStep != 0) return 1;
+    const int64_t group = scale_steps_.group;
+    const bool has_groups = group > 0 && group < kTile && (!has_zero_ || zero_steps_.group == group);
+    return has_groups && begin % group == 0 && count % group == 0 ? group : kStep;
   }
 
   /// Halves the scales of the pairs whose bit is set.
@@ -526,9 +573,9 @@ void tile_loop(const float* x, const float* other, const uint32_t* random, float
   }
   const float *s = scales.s, *z = scales.z;
   alignas(64) float all_s[kTile], all_z[kTile];
-  if (scales.step == kStep) {
-    repeat(s, kStep, n, all_s);
-    repeat(z, kStep, n, all_z);
+  if (scales.step > 1) {
+    repeat(s, scales.step, n, all_s);
+    repeat(z, scales.step, n, all_z);
     s = all_s, z = all_z;
   }
   QUARK_VECTORIZE
@@ -598,13 +645,13 @@ inline bool are_ordinary(const TileScales& scales, int64_t n, float largest, flo
   return others == 0;
 }
 
-/// OrdinaryScales for every kStep elements of a tile.
+/// What follows from a tile's scales, of which there are not more than steps.
 template <Rounding R>
-struct OrdinarySteps {
+struct OrdinaryScales {
   static constexpr int64_t kCount = kTile / kStep;
   alignas(64) float s[kCount], z[kCount], inverse[kCount], lo[kCount], hi[kCount];
 
-  OrdinarySteps(const TileScales& scales, int64_t n, const Grid& g) {
+  OrdinaryScales(const TileScales& scales, int64_t n, const Grid& g) {
     QUARK_VECTORIZE
     for (int64_t i = 0; i < n; ++i) {
       const OrdinaryScale k = ordinary_scale<R>(scales.s[i], scales.z[i], g);
@@ -614,59 +661,118 @@ struct OrdinarySteps {
   OrdinaryScale at(int64_t i) const { return {s[i], z[i], inverse[i], lo[i], hi[i]}; }
 };
 
-using OrdinaryLoop = void (*)(const float* x, const uint32_t* random, float* out, int64_t n, const TileScales&,
-                              const Grid&);
+/// In and out: a tile in the dtypes of its tensors, codes a byte each.
+using OrdinaryLoop = void (*)(const void* x, const uint32_t* random, void* out, int64_t n, const TileScales&,
+                              const Grid&, bool stream);
 
-/// tile_loop where all scales are ordinary.
-template <class Body, bool kIsInteger, Rounding R>
-void ordinary_loop(const float* x, const uint32_t* random, float* out, int64_t n, const TileScales& scales,
-                   const Grid& grid) {
+/// tile_loop where all scales are ordinary, from what a Reader reads to what a Writer writes.
+template <class Body, bool kIsFixed, Rounding R, class Reader, class Writer>
+void ordinary_loop(const void* x, const uint32_t* random, void* out, int64_t n, const TileScales& scales,
+                   const Grid& grid, bool stream) {
+  using Result = decltype(Body::template apply<kIsFixed, R>(0.0f, 0u, OrdinaryScale(), grid));
   const Grid g = grid;
-  const auto apply = [=](int64_t i, const OrdinaryScale& k) {
-    return Body::template apply<kIsInteger, R>(x[i], R == Rounding::stochastic ? random[i] : 0u, k, g);
+  const Reader numbers(x, g);
+  const Writer to(out, g);
+  const auto apply = [&](float v, int64_t i, const OrdinaryScale& k) {
+    return Body::template apply<kIsFixed, R>(v, R == Rounding::stochastic ? random[i] : 0u, k, g);
+  };
+  // scale(i) is that of element i.
+  const auto steps = [&](int64_t begin, int64_t end, const auto& scale) {
+    for (int64_t i = begin; i + kStep <= end; i += kStep) {
+      alignas(64) float v[kStep];
+      alignas(64) Result y[kStep];
+      numbers.step(i, v);
+      QUARK_VECTORIZE_STEP
+      for (int64_t j = 0; j < kStep; ++j) y[j] = apply(v[j], i + j, scale(i + j));
+      if (stream) {
+        alignas(64) typename Writer::Element line[kStep];
+        to.step(y, line);
+        stream_step(line, to.at + i);
+      } else {
+        to.step(y, to.at + i);
+      }
+    }
+  };
+  const auto all = [&](const auto& scale) {
+    steps(0, n, scale);
+    for (int64_t i = n / kStep * kStep; i < n; ++i) to.one(apply(numbers.one(i), i, scale(i)), to.at[i]);
   };
   if (scales.step == kTile) {
     const OrdinaryScale k = ordinary_scale<R>(scales.s[0], scales.z[0], g);
-    QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = apply(i, k);
-  } else if (scales.step == kStep) {
-    const int64_t count = n / kStep;
-    const OrdinarySteps<R> steps(scales, count, g);
-    for (int64_t i = 0; i < count; ++i) {
-      const OrdinaryScale k = steps.at(i);
-      QUARK_VECTORIZE_STEP
-      for (int64_t j = kStep * i; j < kStep * i + kStep; ++j) out[j] = apply(j, k);
+    all([=](int64_t) { return k; });
+  } else if (scales.step > 1) {
+    const OrdinaryScales<R> groups(scales, n / scales.step, g);
+    for (int64_t i = 0, group = 0; i < n; i += scales.step, ++group) {
+      const OrdinaryScale k = groups.at(group);
+      steps(i, i + scales.step, [=](int64_t) { return k; });
     }
   } else {
     const float *s = scales.s, *z = scales.z;
-    QUARK_VECTORIZE
-    for (int64_t i = 0; i < n; ++i) out[i] = apply(i, ordinary_scale<R>(s[i], z[i], g));
+    all([=, &g](int64_t i) { return ordinary_scale<R>(s[i], z[i], g); });
   }
 }
 
-template <class Body, Rounding R = Rounding::half_even>
-OrdinaryLoop ordinary_loop_for(const QuantSpec& spec) {
-  return spec.format.is_integer() ? ordinary_loop<Body, true, R> : ordinary_loop<Body, false, R>;
+/// Quantization and fake quantization of numbers of type T.
+template <class Body, Rounding R, class T>
+OrdinaryLoop ordinary_loop_for(const QuantSpec& spec, const Grid& g) {
+  constexpr bool kIsCode = std::is_same_v<Body, QuantizeOrdinary>;
+  using FixedOut = NumbersOut<std::conditional_t<kIsCode, Stored<uint8_t>, T>>;
+  using MinifloatOut = std::conditional_t<kIsCode, MinifloatsOut, NumbersOut<T>>;
+  const Format& f = spec.format;
+  if (f.is_integer() || (f.is_fixed_point() && R != Rounding::stochastic))
+    return ordinary_loop<Body, true, R, Numbers<T>, FixedOut>;
+  if (kIsCode && (f.is_fixed_point() || !HalfForm(g).holds())) return nullptr;
+  return ordinary_loop<Body, false, R, Numbers<T>, MinifloatOut>;
 }
 
-/// The loop for ordinary scales, or nullptr where a spec or what it is for (`is_to_codes`: quantization) has none.
-template <class Body>
-OrdinaryLoop ordinary_loop_for(const QuantSpec& spec, DType data, bool is_to_codes) {
-  constexpr Rounding kRandom = Rounding::stochastic;
-  if (spec.format.is_cast()) return nullptr;
-  if constexpr (std::is_same_v<Body, DequantizeBody>) return ordinary_loop_for<DequantizeOrdinary>(spec);
-  const bool is_random = spec.rounding == kRandom;
-  const bool is_narrow = spec.narrow && (data == DType::float16 || data == DType::bfloat16);
+template <class Body, class T>
+OrdinaryLoop ordinary_loop_for(const QuantSpec& spec, const Grid& g, bool is_narrow) {
   const bool is_finite_only = spec.shares_exponent() && spec.ieee;
-  if (spec.reciprocal || spec.shifted || is_narrow || is_finite_only) return nullptr;
-  if (spec.rounding != Rounding::half_even && !is_random) return nullptr;
-  if constexpr (std::is_same_v<Body, FakeQuantizeBody>)
-    return is_random ? ordinary_loop_for<FakeQuantizeOrdinary, kRandom>(spec)
-                     : ordinary_loop_for<FakeQuantizeOrdinary>(spec);
-  if constexpr (std::is_same_v<Body, QuantizeBody>)
-    if (is_to_codes)
-      return is_random ? ordinary_loop_for<QuantizeOrdinary, kRandom>(spec) : ordinary_loop_for<QuantizeOrdinary>(spec);
-  return nullptr;
+  if (spec.reciprocal || spec.shifted || (spec.narrow && is_narrow) || is_finite_only) return nullptr;
+  switch (spec.rounding) {
+    case Rounding::half_even: return ordinary_loop_for<Body, Rounding::half_even, T>(spec, g);
+    case Rounding::stochastic: return ordinary_loop_for<Body, Rounding::stochastic, T>(spec, g);
+    default: return nullptr;
+  }
+}
+
+/// The loop for ordinary scales, or nullptr where a spec or the dtypes of numbers (x) and results have none.
+template <class Body>
+OrdinaryLoop ordinary_loop_for(const QuantSpec& spec, const Grid& g, DType x, DType out) {
+  if (spec.format.is_cast()) return nullptr;
+  if constexpr (std::is_same_v<Body, QuantizeOrdinary>) {
+    if (bytes_of(out) > 1) return nullptr;
+  } else if (x != out) {
+    return nullptr;
+  }
+  switch (x) {
+    case DType::float32: return ordinary_loop_for<Body, Stored<float>>(spec, g, false);
+    case DType::float16: return ordinary_loop_for<Body, Float16Bits>(spec, g, true);
+    case DType::bfloat16: return ordinary_loop_for<Body, BFloat16Bits>(spec, g, true);
+    default: return nullptr;
+  }
+}
+
+/// The same for dequantization.
+template <class Out>
+OrdinaryLoop dequantize_loop_for(const Format& f, const Grid& g, DType codes) {
+  constexpr Rounding kNone = Rounding::half_even;
+  if (!f.is_fixed_point())
+    return HalfForm(g).holds() ? ordinary_loop<DequantizeOrdinary, false, kNone, Minifloats, NumbersOut<Out>> : nullptr;
+  if (!f.is_integer()) return nullptr;
+  if (codes == DType::int8)
+    return ordinary_loop<DequantizeOrdinary, true, kNone, Numbers<Stored<int8_t>>, NumbersOut<Out>>;
+  return ordinary_loop<DequantizeOrdinary, true, kNone, Numbers<Stored<uint8_t>>, NumbersOut<Out>>;
+}
+
+inline OrdinaryLoop dequantize_loop_for(const QuantSpec& spec, const Grid& g, DType codes, DType out) {
+  if (spec.format.is_cast() || bytes_of(codes) > 1) return nullptr;
+  switch (out) {
+    case DType::float32: return dequantize_loop_for<Stored<float>>(spec.format, g, codes);
+    case DType::float16: return dequantize_loop_for<Float16Bits>(spec.format, g, codes);
+    case DType::bfloat16: return dequantize_loop_for<BFloat16Bits>(spec.format, g, codes);
+    default: return nullptr;
+  }
 }
 
 // ---- codes --------------------------------------------------------------------------------------------------------
@@ -682,7 +788,7 @@ class Codes {
         packed_(spec.packed),
         fixed_point_(spec.format.is_fixed_point()),
         numbers_(!packed_ && (spec.format.is_integer() || spec.format.is_cast())),
-        signed_(spec.format.lo < 0),
+        signed_(fixed_point_ && spec.format.lo < 0),
         step_(float_of(uint32_t(spec.format.min_exp - spec.format.mantissa_bits + 127) << 23)),
         row_(row_length),
         row_bytes_((row_length * bits_ + 7) / 8) {}
@@ -691,27 +797,51 @@ class Codes {
 
   QUARK_INLINE void store(int64_t begin, int64_t count, const float* y, bool stream = false) const {
     if (numbers_) return data_.store(begin, count, y, stream);
-    alignas(64) uint8_t codes[kTile];
+    RawTile codes;
     if (fixed_point_) {
-      encode_fixed(y, codes, count, 1.0f / step_);
+      encode_fixed(y, codes.as<uint8_t>(), count, 1.0f / step_);
     } else {
-      encode_all(y, codes, count, grid_, bits_);
+      encode_all(y, codes.as<uint8_t>(), count, grid_);
     }
-    store_bytes(begin, count, codes, stream);
+    store_bytes(begin, count, codes.as<uint8_t>(), stream);
   }
 
   QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
-    if (numbers_) return data_.load(begin, count, buffer);
-    alignas(64) uint8_t codes[kTile];
-    load_bytes(begin, count, codes);
+    RawTile codes;
+    return floats(load_raw(begin, count, codes), count, buffer);
+  }
+
+  // The same as codes: a byte each where they were packed, else in the tensor's own dtype.
+
+  QUARK_INLINE const void* load_raw(int64_t begin, int64_t count, RawTile& buffer) const {
+    if (!packed_) return data_.load_raw(begin, count, buffer);
+    auto* codes = buffer.as<uint8_t>();
+    load_packed(begin, count, codes);
+    if (signed_ && bits_ < 8) extend_signs(codes, count, bits_);
+    return codes;
+  }
+
+  QUARK_INLINE const float* floats(const void* raw, int64_t count, float* buffer) const {
+    if (numbers_) return data_.floats(raw, count, buffer);
     if (fixed_point_) {
-      decode_fixed(codes, buffer, count, bits_, signed_, step_);
+      decode_fixed(static_cast<const uint8_t*>(raw), buffer, count, signed_, step_);
     } else {
-      decode_all(codes, buffer, count, grid_, bits_);
+      decode_all(static_cast<const uint8_t*>(raw), buffer, count, grid_);
     }
     return buffer;
   }
 
+  QUARK_INLINE void* target_raw(int64_t begin, RawTile& buffer, bool stream) const {
+    return packed_ ? buffer.bytes : data_.target_raw(begin, buffer, stream);
+  }
+
+  QUARK_INLINE void store_raw(int64_t begin, int64_t count, const void* raw, bool stream) const {
+    if (!packed_) return data_.store_raw(begin, count, raw, stream);
+    store_bytes(begin, count, static_cast<const uint8_t*>(raw), stream);
+  }
+
+  /// Of what load_raw gives.
+  DType dtype() const { return !packed_ ? data_.dtype() : signed_ ? DType::int8 : DType::uint8; }
   int64_t bytes() const { return data_.bytes(); }
 
   /// The largest magnitude that a code can have.
@@ -744,21 +874,20 @@ class Codes {
     });
   }
 
-  /// The reverse. `codes` has room for whole words.
-  QUARK_INLINE void load_bytes(int64_t begin, int64_t count, uint8_t* codes) const {
+  /// Packed codes, one a byte. There is room for whole words.
+  QUARK_INLINE void load_packed(int64_t begin, int64_t count, uint8_t* codes) const {
     alignas(64) uint8_t packed[kTile + kPackingSlack];
     const int64_t wanted = count;
-    uint8_t* bytes = packed_ ? packed : codes;
-    if (packed_) to_bytes(begin, count);
+    to_bytes(begin, count);
     const auto* from = static_cast<const uint8_t*>(data_.view.data);
     data_.walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
       if (stride == 1) {
-        __builtin_memcpy(bytes + position, from + offset, size_t(n));
+        __builtin_memcpy(packed + position, from + offset, size_t(n));
       } else {
-        for (int64_t i = 0; i < n; ++i) bytes[position + i] = from[offset + i * stride];
+        for (int64_t i = 0; i < n; ++i) packed[position + i] = from[offset + i * stride];
       }
     });
-    if (packed_) unpack_codes(packed, wanted, bits_, codes);
+    unpack_codes(packed, wanted, bits_, codes);
   }
 
   /// Turns a range of codes, which starts on a byte and stays in one row (or in rows of whole bytes), into its bytes.

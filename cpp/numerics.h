@@ -93,6 +93,7 @@ struct Grid {
   float lo, hi;            ///< integers: the range of codes; others: of values
   uint32_t min_exp;        ///< 2^min_exp as float bits
   uint32_t mantissa;       ///< mantissa bits
+  uint32_t bits;           ///< of a code
   float plus_zero;         ///< added to a result: +0 turns -0 into +0, where the format has no -0; -0 changes nothing
   uint32_t nan, nan_sign;  ///< quantized NaN: these bits, with the input's sign where nan_sign is kSign
   uint32_t nan_code;       ///< the code written for NaN, but for the sign
@@ -127,6 +128,7 @@ QUARK_INLINE Grid make_grid(const QuantSpec& spec, DType data = DType::float32) 
   g.hi = f.is_integer() ? spec.quant_max : f.hi;
   g.min_exp = uint32_t(f.min_exp + 127) << 23;
   g.mantissa = f.mantissa_bits;
+  g.bits = f.bits;
   g.plus_zero = has_minus_zero && !spec.plus_zero ? -0.0f : 0.0f;
   g.nan = has_nan || spec.ieee ? kNaN : 0;
   g.nan_sign = has_nan && f.specials != Specials::fnuz ? kSign : 0;
@@ -355,20 +357,20 @@ QUARK_INLINE float threshold_scale(float t, float domain) {
 
 /// The code of a value of the grid. With e = max(exponent, min_exp), |y| is an integer q of spacings 2^(e - mantissa);
 /// an anchor addition shows q, and each step of e past min_exp is worth 2^mantissa codes.
-QUARK_INLINE uint32_t encode(float y, const Grid& g, uint32_t bits) {
+QUARK_INLINE uint32_t encode(float y, const Grid& g) {
   const uint32_t exponent = bits_of(y) & kInfinity;
   const uint32_t e = exponent > g.min_exp ? exponent : g.min_exp;
   const uint32_t anchor = e + ((23u - g.mantissa) << 23);
   const uint32_t q = bits_of(magnitude(y) + float_of(anchor)) - anchor;
   const uint32_t code = is_nan(y) ? g.nan_code : q + (((e - g.min_exp) >> 23) << g.mantissa);
-  return code | (bits_of(y) >> 31) << (bits - 1);
+  return code | (bits_of(y) >> 31) << (g.bits - 1);
 }
 
 /// The value of a code.
-QUARK_INLINE float decode(uint32_t code, const Grid& g, uint32_t bits) {
-  const uint32_t top = 1u << (bits - 1);
+QUARK_INLINE float decode(uint32_t code, const Grid& g) {
+  const uint32_t top = 1u << (g.bits - 1);
   const uint32_t m = code & (top - 1u);
-  const uint32_t sign = (code & top) << (32 - bits);
+  const uint32_t sign = (code & top) << (32 - g.bits);
   const uint32_t fields = m << (23 - g.mantissa);  // exponent and mantissa in their places
   const float normal = float_of(fields + g.min_exp - kMinNormal);
   const float subnormal = float_of(fields + g.min_exp) - float_of(g.min_exp);  // less the leading 1 that it hasn't
@@ -426,54 +428,77 @@ QUARK_INLINE float round_randomly(float m, uint32_t random) {
   return down + (random < (uint32_t(high) << 16 | uint32_t(low)) ? 1.0f : 0.0f);
 }
 
+/// x / s inside the range, less z.
+template <Rounding R>
+QUARK_INLINE float bounded_quotient(float x, const OrdinaryScale& k, const Grid& g) {
+  const float v = quotient_of(clamp(x, k.lo, k.hi), k);
+  if constexpr (R == Rounding::stochastic) return clamp(v, g.lo - k.z, g.hi - k.z);
+  return v;
+}
+
+/// 1.5 * 2^23 spacings of numbers of exponent `e` as bits: v plus this ends in the number of spacings that v rounds to,
+/// to nearest even and of either sign. Fixed point has those of min_exp everywhere.
+QUARK_INLINE uint32_t anchor_of(uint32_t e, const Grid& g) { return e + ((23u - g.mantissa) << 23) + (1u << 22); }
+
+/// The bits of max(v's exponent, min_exp).
+QUARK_INLINE uint32_t exponent_on_grid(float v, const Grid& g) {
+  const uint32_t exponent = bits_of(v) & kInfinity;
+  return exponent > g.min_exp ? exponent : g.min_exp;
+}
+
 /// R(x / s) inside the range, less z. NaN is NaN where R is nearest, else x mustn't be one.
-template <bool kIsInteger, Rounding R>
+template <bool kIsFixed, Rounding R>
 QUARK_INLINE float round_ordinary(float x, uint32_t random, const OrdinaryScale& k, const Grid& g) {
   constexpr bool kIsRandom = R == Rounding::stochastic;
-  float v = quotient_of(clamp(x, k.lo, k.hi), k);
-  if constexpr (kIsRandom) v = clamp(v, g.lo - k.z, g.hi - k.z);
-  if constexpr (kIsInteger) {
+  const float v = bounded_quotient<R>(x, k, g);
+  if constexpr (kIsFixed) {
     if constexpr (kIsRandom) return float_of(bits_of(round_randomly(magnitude(v), random)) | sign_of(v)) + 0.0f;
-    return (v + 0x1.8p23f) - 0x1.8p23f;
+    const float anchor = float_of(anchor_of(g.min_exp, g));
+    return (v + anchor) - anchor;
   }
-  const uint32_t exponent = bits_of(v) & kInfinity;
-  const uint32_t e = exponent > g.min_exp ? exponent : g.min_exp;
+  const uint32_t e = exponent_on_grid(v, g);
   if constexpr (kIsRandom) {
     const uint32_t spacing = e - (g.mantissa << 23);
     const float m = round_randomly(magnitude(v) * float_of((254u << 23) - spacing), random) * float_of(spacing);
     return float_of(bits_of(m) | sign_of(x)) + g.plus_zero;
   }
   // As in round_to_grid, but the anchor is 1.5 times a power of two, so that it serves both signs. It loses that of 0.
-  const float anchor = float_of(e + ((23u - g.mantissa) << 23) + (1u << 22));
+  const float anchor = float_of(anchor_of(e, g));
   return float_of(bits_of((v + anchor) - anchor) | (sign_of(x) & bits_of(g.plus_zero)));
 }
 
 struct FakeQuantizeOrdinary {
-  template <bool kIsInteger, Rounding R>
+  template <bool kIsFixed, Rounding R>
   static QUARK_INLINE float apply(float x, uint32_t random, const OrdinaryScale& k, const Grid& g) {
     const float number = R == Rounding::stochastic && is_nan(x) ? 0.0f : x;
-    const float y = round_ordinary<kIsInteger, R>(number, random, k, g) * k.s;
+    const float y = round_ordinary<kIsFixed, R>(number, random, k, g) * k.s;
     return is_nan(x) ? nan_like(x) : y;
   }
 };
 
-/// For codes: which NaN it is doesn't matter, and integers have none.
+/// R(x / s) + z: of fixed point the code, of which the lowest byte counts, as one of fewer bits may have the sign's
+/// above; of minifloats the number, NaN where x is.
 struct QuantizeOrdinary {
-  template <bool kIsInteger, Rounding R>
-  static QUARK_INLINE float apply(float x, uint32_t random, const OrdinaryScale& k, const Grid& g) {
+  template <bool kIsFixed, Rounding R>
+  static QUARK_INLINE auto apply(float x, uint32_t random, const OrdinaryScale& k, const Grid& g) {
     constexpr bool kIsRandom = R == Rounding::stochastic;
-    const uint32_t nan = kIsInteger || kIsRandom ? 0u : g.kept_nan;
-    const float y = round_ordinary<kIsInteger, R>(float_of(bits_of(x) & (is_nan(x) ? nan : ~0u)), random, k, g);
-    if constexpr (kIsInteger) return y + k.z;
-    if constexpr (kIsRandom) return is_nan(x) && g.kept_nan ? nan_like(x) : y;
-    return y;
+    if constexpr (!kIsFixed) {
+      if constexpr (!kIsRandom) return round_ordinary<false, R>(x, random, k, g);
+      const float y = round_ordinary<false, R>(is_nan(x) ? 0.0f : x, random, k, g);
+      return is_nan(x) ? nan_like(x) : y;
+    } else {
+      const float number = is_nan(x) ? 0.0f : x;
+      if constexpr (kIsRandom) return int32_t(round_ordinary<true, R>(number, random, k, g) + k.z);
+      const uint32_t anchor = anchor_of(g.min_exp, g);
+      return int32_t(bits_of(bounded_quotient<R>(number, k, g) + float_of(anchor)) - anchor) + int32_t(k.z);
+    }
   }
 };
 
 struct DequantizeOrdinary {
-  template <bool kIsInteger, Rounding R>
+  template <bool kIsFixed, Rounding R>
   static QUARK_INLINE float apply(float y, uint32_t, const OrdinaryScale& k, const Grid&) {
-    if constexpr (kIsInteger) return (y - k.z) * k.s;
+    if constexpr (kIsFixed) return (y - k.z) * k.s;
     return y * k.s;
   }
 };
@@ -574,7 +599,7 @@ QUARK_INLINE ScaleAndZero e4m3_scale(uint32_t amax, float tensor_scale, const Gr
   const float bounded = clamp(amax >= kInfinity ? float_of(kNaN) : v, 0x1p-9f, e4m3.hi);
   const float rounded = round_to_grid<Rounding::half_even>(bounded, 0, e4m3);
   const float block = is_nan(bounded) ? float_of(kNaN) : rounded;
-  return {is_nan(block) ? block : block * tensor_scale, 0, encode(block, e4m3, 8)};
+  return {is_nan(block) ? block : block * tensor_scale, 0, encode(block, e4m3)};
 }
 
 // ---- random numbers -----------------------------------------------------------------------------------------------

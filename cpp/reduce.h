@@ -49,16 +49,13 @@ QUARK_INLINE Extremes extremes_of(const float* x, int64_t n, const Grid& grid) {
   return {low, high};
 }
 
-/// The extremes of neighbouring groups, the last of which may be shorter.
-using ExtremesLoop = void (*)(const float* x, int64_t n, int64_t group, const Grid&, uint32_t* low, uint32_t* high);
-
-template <class Key>
-void extremes_loop(const float* x, int64_t n, int64_t group, const Grid& grid, uint32_t* low, uint32_t* high) {
-  const Grid g = grid;
+/// The extremes of neighbouring groups, the last of which may be shorter: of(x + at, n) of each.
+template <class T, class Of>
+QUARK_INLINE void each_group(const T* x, int64_t n, int64_t group, uint32_t* low, uint32_t* high, const Of& of) {
   // The usual short groups have loops of their own length.
-  const auto each = [=](auto length) {
+  const auto each = [&](auto length) {
     for (int64_t at = 0, k = 0; at < n; at += length, ++k) {
-      const Extremes e = extremes_of<Key>(x + at, length, g);
+      const Extremes e = of(x + at, length);
       low[k] = e.low;
       high[k] = e.high;
     }
@@ -66,10 +63,33 @@ void extremes_loop(const float* x, int64_t n, int64_t group, const Grid& grid, u
   if (group == 16 && n % 16 == 0) return each(std::integral_constant<int64_t, 16>());
   if (group == 32 && n % 32 == 0) return each(std::integral_constant<int64_t, 32>());
   for (int64_t at = 0, k = 0; at < n; at += group, ++k) {
-    const Extremes e = extremes_of<Key>(x + at, min(group, n - at), g);
+    const Extremes e = of(x + at, min(group, n - at));
     low[k] = e.low;
     high[k] = e.high;
   }
+}
+
+using ExtremesLoop = void (*)(const float* x, int64_t n, int64_t group, const Grid&, uint32_t* low, uint32_t* high);
+
+template <class Key>
+void extremes_loop(const float* x, int64_t n, int64_t group, const Grid& grid, uint32_t* low, uint32_t* high) {
+  const Grid g = grid;
+  each_group(x, n, group, low, high,
+             [&](const float* from, int64_t length) { return extremes_of<Key>(from, length, g); });
+}
+
+/// MagnitudeKey's of 16-bit floats, whose magnitudes have the order of their bits.
+template <class T>
+void word_extremes(const T* x, int64_t n, int64_t group, uint32_t* low, uint32_t* high) {
+  each_group(x, n, group, low, high, [&](const T* from, int64_t length) {
+    uint16_t most = 0;
+    QUARK_VECTORIZE_STEP
+    for (int64_t i = 0; i < length; ++i) {
+      const auto m = uint16_t(from[i].raw & 0x7fffu);
+      most = m > most ? m : most;
+    }
+    return Extremes{0, magnitude_key(widen(T{most}))};
+  });
 }
 
 /// What an element is to a spec's scales: the loop over a run, or the reduction of a whole tensor.
@@ -102,27 +122,28 @@ class ExtremesReader {
   const Grid& grid() const { return grid_; }
   const Data& data() const { return data_; }
 
-  /// Of groups whose elements have been loaded.
-  QUARK_INLINE void groups(const float* x, int64_t n, int64_t group, uint32_t* low, uint32_t* high) const {
-    loop_(x, n, group, grid_, low, high);
+  /// Of the groups of a tile that data().load_raw gave.
+  QUARK_INLINE void groups(const void* raw, int64_t n, int64_t group, uint32_t* low, uint32_t* high) const {
+    if (is_magnitude_ && data_.dtype() == DType::bfloat16)
+      return word_extremes(static_cast<const BFloat16Bits*>(raw), n, group, low, high);
+    if (is_magnitude_ && data_.dtype() == DType::float16)
+      return word_extremes(static_cast<const Float16Bits*>(raw), n, group, low, high);
+    alignas(64) float buffer[kTile];
+    loop_(data_.floats(raw, n, buffer), n, group, grid_, low, high);
   }
 
   /// Of up to a tile's elements from `begin` on.
   QUARK_INLINE Extremes run(int64_t begin, int64_t n) const {
-    // Magnitudes of 16-bit floats have the order of their bits.
-    if (const auto* words = is_magnitude_ ? data_.words(begin) : nullptr) {
-      uint16_t most = 0;
-      QUARK_VECTORIZE
-      for (int64_t i = 0; i < n; ++i) {
-        const auto m = uint16_t(words[i] & 0x7fffu);
-        most = m > most ? m : most;
-      }
-      const bool is_float16 = data_.view.dtype == DType::float16;
-      return {0, magnitude_key(is_float16 ? from_float16(most) : from_bfloat16(most))};
-    }
-    alignas(64) float buffer[kTile];
+    RawTile buffer;
     Extremes e;
-    loop_(data_.load(begin, n, buffer), n, n, grid_, &e.low, &e.high);
+    groups(data_.load_raw(begin, n, buffer), n, n, &e.low, &e.high);
+    return e;
+  }
+
+  /// Of a group that has been loaded as float32.
+  QUARK_INLINE Extremes of(const float* x, int64_t n) const {
+    Extremes e;
+    loop_(x, n, n, grid_, &e.low, &e.high);
     return e;
   }
 
@@ -473,20 +494,20 @@ inline void choose_tile_pairs(const float* x, float* s, int64_t n, uint8_t* byte
   }
 }
 
-/// From the scales of a tile's `n` groups to the tile's: an entry for every `step` neighbours if groups consist of
-/// these, else for every element. No zero points: `z` is null.
-inline TileScales spread(const GroupScales& groups, int64_t step, int64_t group, int64_t n, int64_t count, float* s,
-                         float* z) {
-  if (group % step != 0 || count % step != 0) step = 1;
-  if (n == 1 && step > 1) step = kTile;
-  const int64_t times = step == kTile ? 1 : group / step, entries = step == kTile ? 1 : count / step;
-  repeat(groups.scale, times, entries, s);
+/// The scales of a tile's `n` groups as TileScales, `by_element` an entry for every element. No zero points: `z` is
+/// null.
+inline TileScales tile_scales(const GroupScales& groups, int64_t group, int64_t n, int64_t count, bool by_element,
+                              float* s, float* z) {
+  const bool in_steps = group % kStep == 0 && count % group == 0;
+  const int64_t step = by_element ? 1 : n == 1 ? kTile : in_steps ? group : 1;
+  const int64_t times = step == 1 ? group : 1, entries = step == 1 ? count : n;
+  if (times > 1) repeat(groups.scale, times, entries, s);
   if (z) repeat(groups.zero_point, times, entries, z);
-  return {s, z ? z : kNoZeroPoints, step};
+  return {times > 1 ? s : groups.scale, z ? z : kNoZeroPoints, step};
 }
 
-/// Chooses the scales of runs and calls apply(begin, count, values, scales) for every tile while it is in the cache.
-/// `values` are its elements, `scales` its TileScales.
+/// Chooses the scales of runs and calls apply(begin, count, raw, scales) for every tile while it is in the cache.
+/// `raw` is what Data::load_raw gives, `scales` its TileScales.
 template <class Apply>
 void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors& out, const QuantSpec& spec,
                  Executor& executor, const Apply& apply) {
@@ -500,22 +521,27 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
 
     /// A unit of several groups, which is one tile.
     void groups(int64_t begin, int64_t count, int64_t index, int64_t pair_byte) const {
-      alignas(64) float x[kTile], s[kTile], z[kTile];
+      RawTile buffer;
+      alignas(64) float s[kTile], z[kTile];
       GroupScales groups;
-      const float* values = extremes.data().load(begin, count, x);
+      const void* raw = extremes.data().load_raw(begin, count, buffer);
       const int64_t n = scale_length(count, runs.group);
-      extremes.groups(values, count, runs.group, groups.low, groups.high);
+      extremes.groups(raw, count, runs.group, groups.low, groups.high);
       scale_of(groups, n);
       writer.store(index, groups, n);
-      const int64_t least = pair_bits ? 1 : kStep;
-      const TileScales scales = spread(groups, least, runs.group, n, count, s, writer.has_zero_points() ? z : nullptr);
-      if (pair_bits) choose_tile_pairs(values, s, count, pair_bits + pair_byte, extremes.grid());
-      apply(begin, count, values, scales);
+      const bool has_pairs = pair_bits != nullptr;
+      const TileScales scales =
+          tile_scales(groups, runs.group, n, count, has_pairs, s, writer.has_zero_points() ? z : nullptr);
+      if (has_pairs) {
+        alignas(64) float x[kTile];
+        choose_tile_pairs(extremes.data().floats(raw, count, x), s, count, pair_bits + pair_byte, extremes.grid());
+      }
+      apply(begin, count, raw, scales);
     }
 
     /// A group of several tiles: once for its scale, once more to apply it.
     void group(int64_t begin, int64_t count, int64_t index) const {
-      alignas(64) float x[kTile];
+      RawTile buffer;
       Extremes e;
       for (int64_t at = 0; at < count; at += kTile) e = max(e, extremes.run(begin + at, min(kTile, count - at)));
       const ScaleAndZero r = scale_of(e);
@@ -523,7 +549,7 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
       const float s = r.scale, z = float(r.zero_point);
       for (int64_t at = 0; at < count; at += kTile) {
         const int64_t n = min(kTile, count - at);
-        apply(begin + at, n, extremes.data().load(begin + at, n, x), TileScales{&s, &z, kTile});
+        apply(begin + at, n, extremes.data().load_raw(begin + at, n, buffer), TileScales{&s, &z, kTile});
       }
     }
   };

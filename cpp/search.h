@@ -83,8 +83,7 @@ class SearchScales {
       }
       n += count;
     });
-    Extremes all;
-    extremes_.groups(x, n, n, &all.low, &all.high);
+    const Extremes all = extremes_.of(x, n);
     const uint32_t most = max(all.low, all.high);
     if (spec_.format.is_cast() || most == 0 || most >= kInfinity) return scale_of_(all);
     return spec_.method == Method::percentile ? by_percentile(x, n) : by_error(x, n, all);

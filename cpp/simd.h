@@ -9,7 +9,15 @@
 #include "numerics.h"
 
 #if defined(__x86_64__)
+#if !defined(__clang__)
+// GCC 12 warns of its own header: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 #if defined(__clang__)
 #define QUARK_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
@@ -55,6 +63,9 @@ QUARK_INLINE void narrow(float x, Stored<T>& out) {
   out.raw = T(int32_t(x));  // integers: x is one, and in range
 }
 
+/// The lowest byte of a code.
+QUARK_INLINE void narrow(int32_t code, Stored<uint8_t>& out) { out.raw = uint8_t(code); }
+
 /// Calls f with a null pointer of the type that stores `dtype`. fp8 dtypes are bytes here: codes, not values.
 template <class F>
 QUARK_INLINE void with_type(DType dtype, F&& f) {
@@ -77,65 +88,214 @@ QUARK_INLINE void with_type(DType dtype, F&& f) {
   }
 }
 
-/// widen() of neighbours.
+// ---- steps --------------------------------------------------------------------------------------------------------
+
+/// The neighbours that loops take together.
+inline constexpr int64_t kStep = 16;
+
+/// widen() of a step's numbers.
 template <class T>
-inline void widen_all(const T* from, float* to, int64_t n) {
-  QUARK_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+QUARK_INLINE void load_step(const T* from, float* to) {
+  QUARK_VECTORIZE_STEP
+  for (int64_t i = 0; i < kStep; ++i) to[i] = widen(from[i]);
+}
+
+/// narrow() of a step's numbers, which have no other NaN than nan_like() gives.
+template <class T>
+QUARK_INLINE void store_step(const float* from, T* to) {
+  QUARK_VECTORIZE_STEP
+  for (int64_t i = 0; i < kStep; ++i) narrow(from[i], to[i]);
+}
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+// A step is one register.
+QUARK_INLINE __m512 floats_at(const void* from) { return _mm512_loadu_ps(from); }
+QUARK_INLINE __m512i words_at(const void* from) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
+}
+QUARK_INLINE void store_bytes(__m512i bytes, void* to) {
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(bytes));
+}
+QUARK_INLINE __m128i bytes_at(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+
+QUARK_INLINE void load_step(const Stored<float>* from, float* to) { _mm512_storeu_ps(to, floats_at(from)); }
+QUARK_INLINE void load_step(const BFloat16Bits* from, float* to) {
+  _mm512_storeu_si512(to, _mm512_slli_epi32(words_at(from), 16));
+}
+QUARK_INLINE void load_step(const Float16Bits* from, float* to) {
+  _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+QUARK_INLINE void load_step(const Stored<int8_t>* from, float* to) {
+  _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes_at(from))));
+}
+QUARK_INLINE void load_step(const Stored<uint8_t>* from, float* to) {
+  _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes_at(from))));
+}
+
+QUARK_INLINE void store_step(const float* from, Stored<float>* to) { _mm512_storeu_ps(to, floats_at(from)); }
+QUARK_INLINE void store_step(const float* from, BFloat16Bits* to) {
+  const __m512i u = _mm512_loadu_si512(from);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i words = _mm512_srli_epi32(nearest, 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
+}
+QUARK_INLINE void store_step(const float* from, Float16Bits* to) {
+  const __m256i half = _mm512_cvtps_ph(floats_at(from), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+}
+QUARK_INLINE void store_step(const float* from, Stored<int8_t>* to) {
+  store_bytes(_mm512_cvttps_epi32(floats_at(from)), to);
+}
+QUARK_INLINE void store_step(const float* from, Stored<uint8_t>* to) {
+  store_bytes(_mm512_cvttps_epi32(floats_at(from)), to);
+}
+QUARK_INLINE void store_step(const int32_t* from, Stored<uint8_t>* to) { store_bytes(_mm512_loadu_si512(from), to); }
+
+#elif defined(__AVX2__) && defined(__F16C__)
+// A step is two registers.
+inline constexpr int64_t kHalf = kStep / 2;
+
+QUARK_INLINE __m256 floats_at(const void* from) { return _mm256_loadu_ps(static_cast<const float*>(from)); }
+QUARK_INLINE __m256i ints_at(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+QUARK_INLINE __m128i bytes_at(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+/// The lowest words of 16 numbers.
+QUARK_INLINE __m256i words_of(__m256i low, __m256i high) {
+  const __m256i mask = _mm256_set1_epi32(0xffff);
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)), 0xd8);
+}
+/// The lowest bytes of 16 numbers.
+QUARK_INLINE void store_bytes(__m256i low, __m256i high, void* to) {
+  const __m256i words = _mm256_and_si256(words_of(low, high), _mm256_set1_epi16(0xff));
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+QUARK_INLINE void store_floats(__m256i low, __m256i high, float* to) {
+  _mm256_storeu_ps(to, _mm256_cvtepi32_ps(low));
+  _mm256_storeu_ps(to + kHalf, _mm256_cvtepi32_ps(high));
+}
+
+QUARK_INLINE void load_step(const Stored<float>* from, float* to) {
+  _mm256_storeu_ps(to, floats_at(from));
+  _mm256_storeu_ps(to + kHalf, floats_at(from + kHalf));
+}
+QUARK_INLINE void load_step(const BFloat16Bits* from, float* to) {
+  for (int64_t i = 0; i < kStep; i += kHalf) {
+    const __m256i top = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bytes_at(from + i)), 16);
+    _mm256_storeu_ps(to + i, _mm256_castsi256_ps(top));
+  }
+}
+QUARK_INLINE void load_step(const Float16Bits* from, float* to) {
+  for (int64_t i = 0; i < kStep; i += kHalf) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(bytes_at(from + i)));
+}
+QUARK_INLINE void load_step(const Stored<int8_t>* from, float* to) {
+  const __m128i bytes = bytes_at(from);
+  store_floats(_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, kHalf)), to);
+}
+QUARK_INLINE void load_step(const Stored<uint8_t>* from, float* to) {
+  const __m128i bytes = bytes_at(from);
+  store_floats(_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, kHalf)), to);
+}
+
+QUARK_INLINE void store_step(const float* from, Stored<float>* to) {
+  _mm256_storeu_ps(&to->raw, floats_at(from));
+  _mm256_storeu_ps(&to[kHalf].raw, floats_at(from + kHalf));
+}
+/// to_bfloat16 as a word.
+QUARK_INLINE __m256i bfloat16_words(const float* from) {
+  const __m256i u = ints_at(from), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+}
+QUARK_INLINE void store_step(const float* from, BFloat16Bits* to) {
+  const __m256i words = _mm256_packus_epi32(bfloat16_words(from), bfloat16_words(from + kHalf));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(words, 0xd8));
+}
+QUARK_INLINE void store_step(const float* from, Float16Bits* to) {
+  for (int64_t i = 0; i < kStep; i += kHalf) {
+    const __m128i half = _mm256_cvtps_ph(floats_at(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+  }
+}
+QUARK_INLINE void store_step(const float* from, Stored<uint8_t>* to) {
+  store_bytes(_mm256_cvttps_epi32(floats_at(from)), _mm256_cvttps_epi32(floats_at(from + kHalf)), to);
+}
+QUARK_INLINE void store_step(const float* from, Stored<int8_t>* to) {
+  store_bytes(_mm256_cvttps_epi32(floats_at(from)), _mm256_cvttps_epi32(floats_at(from + kHalf)), to);
+}
+QUARK_INLINE void store_step(const int32_t* from, Stored<uint8_t>* to) {
+  store_bytes(ints_at(from), ints_at(from + kHalf), to);
+}
+
+#else
+/// The lowest bytes of a step's codes.
+QUARK_INLINE void store_step(const int32_t* from, Stored<uint8_t>* to) {
+  QUARK_VECTORIZE_STEP
+  for (int64_t i = 0; i < kStep; ++i) to[i].raw = uint8_t(from[i]);
+}
+#endif
+
+/// Numbers that are stored as T.
+template <class T>
+struct Numbers {
+  const T* at;
+
+  explicit Numbers(const void* numbers) : at(static_cast<const T*>(numbers)) {}
+  Numbers(const void* numbers, const Grid&) : Numbers(numbers) {}
+
+  QUARK_INLINE float one(int64_t i) const { return widen(at[i]); }
+  QUARK_INLINE void step(int64_t i, float* to) const {
+    __builtin_prefetch(at + i + kTile);  // the same step of the next tile: a processor's own stops at a page's end
+    load_step(at + i, to);
+  }
+};
+
+/// Numbers that become stored as T, or fixed point codes its lowest byte.
+template <class T>
+struct NumbersOut {
+  using Element = T;
+  T* at;
+
+  NumbersOut(void* numbers, const Grid&) : at(static_cast<T*>(numbers)) {}
+
+  template <class From>
+  QUARK_INLINE void one(From number, T& to) const {
+    narrow(number, to);
+  }
+  template <class From>
+  QUARK_INLINE void step(const From* numbers, T* to) const {
+    store_step(numbers, to);
+  }
+};
+
+/// All of `n` numbers that a reader (Numbers, Minifloats) has.
+template <class Reader>
+inline void read_all(const Reader& numbers, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) numbers.step(i, to + i);
+  for (; i < n; ++i) to[i] = numbers.one(i);
 }
 
 /// narrow() of neighbours.
 template <class T>
 inline void narrow_all(const float* from, T* to, int64_t n) {
-  QUARK_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
-}
-
-#if defined(__F16C__)
-inline void widen_all(const Float16Bits* from, float* to, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  for (; i < n; ++i) to[i] = widen(from[i]);
-}
-
-inline void narrow_all(const float* from, Float16Bits* to, int64_t n) {
-  const __m256 sign = _mm256_set1_ps(-0.0f), nan = _mm256_set1_ps(float_of(kNaN));
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m256 x = _mm256_loadu_ps(from + i);
-    const __m256 one_nan = _mm256_or_ps(_mm256_and_ps(x, sign), nan);
-    const __m256 value = _mm256_blendv_ps(x, one_nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  for (; i + kStep <= n; i += kStep) {
+    if constexpr (std::is_same_v<T, Float16Bits> || std::is_same_v<T, BFloat16Bits>) {
+      alignas(64) float x[kStep];
+      QUARK_VECTORIZE_STEP
+      for (int64_t j = 0; j < kStep; ++j) x[j] = is_nan(from[i + j]) ? nan_like(from[i + j]) : from[i + j];
+      store_step(x, to + i);
+    } else {
+      store_step(from + i, to + i);
+    }
   }
   for (; i < n; ++i) narrow(from[i], to[i]);
 }
-
-/// to_bfloat16 as a word.
-QUARK_INLINE __m256i bfloat16_words(const float* from) {
-  const __m256 x = _mm256_loadu_ps(from);
-  const __m256i u = _mm256_castps_si256(x), top = _mm256_srli_epi32(u, 16);
-  const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
-  const __m256i nearest = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i nan = _mm256_or_si256(_mm256_and_si256(top, _mm256_set1_epi32(0x8000)), _mm256_set1_epi32(0x7fc0));
-  return _mm256_blendv_epi8(_mm256_srli_epi32(nearest, 16), nan,
-                            _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-}
-
-inline void narrow_all(const float* from, BFloat16Bits* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m256i words = _mm256_packus_epi32(bfloat16_words(from + i), bfloat16_words(from + i + 8));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permute4x64_epi64(words, 0xd8));
-  }
-  for (; i < n; ++i) narrow(from[i], to[i]);
-}
-#endif
 
 /// One contiguous or strided run, widened.
 template <class T>
 inline void load_run(const T* from, int64_t stride, float* to, int64_t n) {
-  if (stride == 1) return widen_all(from, to, n);
+  if (stride == 1) return read_all(Numbers<T>(from), to, n);
   if (stride == 0) {
     const float x = widen(*from);
     QUARK_VECTORIZE
@@ -181,6 +341,30 @@ inline void copy_bytes(void* to, const void* from, int64_t n, bool stream) {
   std::memcpy(to, from, size_t(n));
 }
 
+/// Whether stream_step can write here.
+QUARK_INLINE bool is_line(const void* to) { return reinterpret_cast<uintptr_t>(to) % 64 == 0; }
+
+/// A step of stored numbers past the caches, to a step of a tile that is_line.
+template <class T>
+QUARK_INLINE void stream_step(const T* from, T* to) {
+#if defined(__SSE2__)
+  constexpr size_t kBytes = kStep * sizeof(T), kLine = sizeof(Line);
+  const auto* in = reinterpret_cast<const char*>(from);
+  auto* out = reinterpret_cast<char*>(to);
+  if constexpr (kBytes >= kLine) {
+    for (size_t i = 0; i < kBytes; i += kLine) stream_line(out + i, load_line(in + i));
+#if defined(__AVX512F__)
+  } else if constexpr (kBytes == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+#endif
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+  }
+#else
+  std::memcpy(to, from, kStep * sizeof(T));
+#endif
+}
+
 QUARK_INLINE void stream_fence() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -213,84 +397,130 @@ inline void encode_fixed(const float* y, uint8_t* codes, int64_t n, float per_st
   for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(int32_t(y[i] * per_step));
 }
 
-/// The reverse. Bits above the width are zero.
-inline void decode_fixed(const uint8_t* codes, float* y, int64_t n, uint32_t bits, bool is_signed, float step) {
-  const int32_t top = is_signed ? 1 << (bits - 1) : 0;
+/// The reverse.
+inline void decode_fixed(const uint8_t* codes, float* y, int64_t n, bool is_signed, float step) {
+  const int32_t top = is_signed ? 0x80 : 0;
   QUARK_VECTORIZE
   for (int64_t i = 0; i < n; ++i) y[i] = float((int32_t(codes[i]) ^ top) - top) * step;
 }
 
-#if defined(__F16C__)
+/// Two's complement codes of fewer bits, above which there are zeros, as bytes.
+inline void extend_signs(uint8_t* codes, int64_t n, uint32_t bits) {
+  const uint32_t top = 1u << (bits - 1);
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t((codes[i] ^ top) - top);
+}
+
+/// encode() of numbers of the grid.
+inline void encode_all(const float* y, uint8_t* codes, int64_t n, const Grid& grid) {
+  const Grid g = grid;
+  QUARK_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) codes[i] = uint8_t(encode(y[i], g));
+}
+
 /// How a minifloat is a float16: the same number but for a power of two, its code moved up by `shift`.
 struct HalfForm {
+  Grid g;
   int shift;
   float scale;  ///< a float16 of these bits times this is the number
 
-  explicit HalfForm(const Grid& g) : shift(10 - int(g.mantissa)), scale(float_of(g.min_exp + (14u << 23))) {}
+  explicit HalfForm(const Grid& grid)
+      : g(grid), shift(10 - int(g.mantissa)), scale(float_of(g.min_exp + (14u << 23))) {}
+
   /// Whether the largest number, too, is a finite float16.
-  bool holds(const Grid& g) const { return g.hi <= 65504.0f * scale; }
+  bool holds() const { return g.hi <= 65504.0f * scale; }
+
+#if defined(__AVX2__) && defined(__F16C__)
+  /// decode() of 16 codes.
+  QUARK_INLINE __m256i halves(__m256i code) const {
+    constexpr uint32_t kNoCode = 0x7fff;
+    const uint32_t top = 1u << (g.bits - 1), last = g.nan_from > kNoCode ? kNoCode : g.nan_from - 1u;
+    const __m256i m = _mm256_and_si256(code, words(top - 1u));
+    const __m256i sign = _mm256_sll_epi16(_mm256_and_si256(code, words(top)), _mm_cvtsi32_si128(16 - int(g.bits)));
+    const __m256i fnuz_nan = _mm256_cmpeq_epi16(code, words(g.nan_code == top ? top : kNoCode));
+    const __m256i is_nan = _mm256_or_si256(_mm256_cmpgt_epi16(m, words(last)), fnuz_nan);
+    const __m256i half = _mm256_sll_epi16(m, _mm_cvtsi32_si128(shift));
+    return _mm256_or_si256(_mm256_blendv_epi8(half, words(0x7e00), is_nan), _mm256_andnot_si256(fnuz_nan, sign));
+  }
+
+  /// encode() of 16 numbers. NaN is 0 where it has no code.
+  QUARK_INLINE __m256i codes(__m256i half) const {
+    const __m256i m = _mm256_and_si256(half, words(0x7fff)), is_nan = _mm256_cmpgt_epi16(m, words(0x7c00));
+    const __m256i code = _mm256_srl_epi16(m, _mm_cvtsi32_si128(shift));
+    const __m256i sign = _mm256_sll_epi16(_mm256_srli_epi16(half, 15), _mm_cvtsi32_si128(int(g.bits) - 1));
+    const __m256i kept_sign = _mm256_andnot_si256(_mm256_and_si256(is_nan, words(~g.kept_nan)), sign);
+    return _mm256_or_si256(_mm256_blendv_epi8(code, words(g.nan_code & g.kept_nan), is_nan), kept_sign);
+  }
+
+ private:
+  static QUARK_INLINE __m256i words(uint32_t word) { return _mm256_set1_epi16(int16_t(word)); }
+#endif
 };
 
-/// encode() of 16 numbers as words. What rounds to the grid is exact as a float16.
-QUARK_INLINE __m256i encode_words(const float* y, const HalfForm& form, const Grid& g, uint32_t bits) {
-  const __m256 per_scale = _mm256_set1_ps(1.0f / form.scale);
-  const __m128i low = _mm256_cvtps_ph(_mm256_mul_ps(_mm256_loadu_ps(y), per_scale), _MM_FROUND_TO_NEAREST_INT);
-  const __m128i high = _mm256_cvtps_ph(_mm256_mul_ps(_mm256_loadu_ps(y + 8), per_scale), _MM_FROUND_TO_NEAREST_INT);
-  const __m256i half = _mm256_set_m128i(high, low), m = _mm256_and_si256(half, _mm256_set1_epi16(0x7fff));
-  const __m256i is_nan = _mm256_cmpgt_epi16(m, _mm256_set1_epi16(0x7c00));
-  const __m256i code = _mm256_srl_epi16(m, _mm_cvtsi32_si128(form.shift));
-  const __m256i sign = _mm256_sll_epi16(_mm256_srli_epi16(half, 15), _mm_cvtsi32_si128(int(bits) - 1));
-  return _mm256_or_si256(_mm256_blendv_epi8(code, _mm256_set1_epi16(int16_t(g.nan_code)), is_nan), sign);
-}
+/// Minifloats that are stored as codes, a byte each. The format has a HalfForm.
+struct Minifloats {
+  const uint8_t* codes;
+  HalfForm form;
 
-/// decode() of 16 codes.
-QUARK_INLINE void decode_words(__m256i code, const HalfForm& form, const Grid& g, uint32_t bits, float* y) {
-  const int16_t top = int16_t(1 << (bits - 1)), last = int16_t(g.nan_from > 0x7fffu ? 0x7fff : g.nan_from - 1u);
-  const __m256i m = _mm256_and_si256(code, _mm256_set1_epi16(int16_t(top - 1)));
-  const __m256i sign =
-      _mm256_sll_epi16(_mm256_and_si256(code, _mm256_set1_epi16(top)), _mm_cvtsi32_si128(16 - int(bits)));
-  const __m256i nan = _mm256_set1_epi16(0x7e00);
-  __m256i half = _mm256_sll_epi16(m, _mm_cvtsi32_si128(form.shift));
-  half = _mm256_or_si256(_mm256_blendv_epi8(half, nan, _mm256_cmpgt_epi16(m, _mm256_set1_epi16(last))), sign);
-  if (g.nan_code == uint32_t(top))
-    half = _mm256_blendv_epi8(half, nan, _mm256_cmpeq_epi16(code, _mm256_set1_epi16(top)));
-  const __m256 scale = _mm256_set1_ps(form.scale);
-  _mm256_storeu_ps(y, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), scale));
-  _mm256_storeu_ps(y + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), scale));
-}
+  Minifloats(const void* numbers, const Grid& grid) : codes(static_cast<const uint8_t*>(numbers)), form(grid) {}
+
+  QUARK_INLINE float one(int64_t i) const { return decode(codes[i], form.g); }
+  QUARK_INLINE void step(int64_t i, float* to) const {
+    __builtin_prefetch(codes + i + kTile);
+#if defined(__AVX2__) && defined(__F16C__)
+    const __m256i half = form.halves(_mm256_cvtepu8_epi16(bytes_at(codes + i)));
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(form.scale)));
+#else
+    const __m256 scale = _mm256_set1_ps(form.scale);
+    _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), scale));
+    _mm256_storeu_ps(to + kHalf, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), scale));
 #endif
-
-/// encode() of numbers of the grid.
-inline void encode_all(const float* y, uint8_t* codes, int64_t n, const Grid& grid, uint32_t bits) {
-  const Grid g = grid;
-  int64_t i = 0;
-#if defined(__F16C__)
-  if (const HalfForm form(g); form.holds(g)) {
-    for (; i + 32 <= n; i += 32) {
-      const __m256i bytes =
-          _mm256_packus_epi16(encode_words(y + i, form, g, bits), encode_words(y + i + 16, form, g, bits));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), _mm256_permute4x64_epi64(bytes, 0xd8));
-    }
+#else
+    QUARK_VECTORIZE_STEP
+    for (int64_t j = 0; j < kStep; ++j) to[j] = decode(codes[i + j], form.g);
+#endif
   }
+};
+
+/// Minifloats that become codes. Numbers of the grid are exact as a float16.
+struct MinifloatsOut {
+  using Element = Stored<uint8_t>;
+  Element* at;
+  HalfForm form;
+  float per_scale;
+
+  MinifloatsOut(void* numbers, const Grid& grid)
+      : at(static_cast<Element*>(numbers)), form(grid), per_scale(1.0f / form.scale) {}
+
+  QUARK_INLINE void one(float number, Element& to) const {
+    const uint32_t kept = is_nan(number) ? form.g.kept_nan : ~0u;
+    to.raw = uint8_t(encode(float_of(bits_of(number) & kept), form.g));
+  }
+  QUARK_INLINE void step(const float* numbers, Element* to) const {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m512 scaled = _mm512_mul_ps(floats_at(numbers), _mm512_set1_ps(per_scale));
+    const __m256i codes = form.codes(_mm512_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtepi16_epi8(codes));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m256 by = _mm256_set1_ps(per_scale);
+    const __m128i low = _mm256_cvtps_ph(_mm256_mul_ps(floats_at(numbers), by), _MM_FROUND_TO_NEAREST_INT);
+    const __m128i high = _mm256_cvtps_ph(_mm256_mul_ps(floats_at(numbers + kHalf), by), _MM_FROUND_TO_NEAREST_INT);
+    const __m256i codes = form.codes(_mm256_set_m128i(high, low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packus_epi16(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1)));
+#else
+    for (int64_t j = 0; j < kStep; ++j) one(numbers[j], to[j]);
 #endif
-  QUARK_VECTORIZE
-  for (int64_t j = i; j < n; ++j) codes[j] = uint8_t(encode(y[j], g, bits));
-}
+  }
+};
 
 /// decode() of codes.
-inline void decode_all(const uint8_t* codes, float* y, int64_t n, const Grid& grid, uint32_t bits) {
+inline void decode_all(const uint8_t* codes, float* y, int64_t n, const Grid& grid) {
+  if (HalfForm(grid).holds()) return read_all(Minifloats(codes, grid), y, n);
   const Grid g = grid;
-  int64_t i = 0;
-#if defined(__F16C__)
-  if (const HalfForm form(g); form.holds(g)) {
-    for (; i + 16 <= n; i += 16) {
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
-      decode_words(_mm256_cvtepu8_epi16(bytes), form, g, bits, y + i);
-    }
-  }
-#endif
   QUARK_VECTORIZE
-  for (int64_t j = i; j < n; ++j) y[j] = decode(codes[j], g, bits);
+  for (int64_t i = 0; i < n; ++i) y[i] = decode(codes[i], g);
 }
 
 // ---- random numbers -----------------------------------------------------------------------------------------------
@@ -301,19 +531,21 @@ inline void random_words(uint64_t first, int64_t blocks, uint64_t key, uint32_t*
 #if defined(__AVX2__)
   // A word has a lane of 64 bits, of which the products read the lower half; what is above it doesn't matter.
   const __m256i factor0 = _mm256_set1_epi64x(kPhilox[0]), factor2 = _mm256_set1_epi64x(kPhilox[1]);
+  __m256i keys[kPhiloxRounds][2];
+  for (uint32_t round = 0; round < uint32_t(kPhiloxRounds); ++round) {
+    keys[round][0] = _mm256_set1_epi64x(uint32_t(key) + round * kPhiloxWeyl[0]);
+    keys[round][1] = _mm256_set1_epi64x(uint32_t(key >> 32) + round * kPhiloxWeyl[1]);
+  }
   for (; i + 4 <= blocks; i += 4) {
     const auto counter = static_cast<long long>(first + uint64_t(i));
     __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(counter), _mm256_set_epi64x(3, 2, 1, 0));
     __m256i c1 = _mm256_srli_epi64(c0, 32), c2 = _mm256_setzero_si256(), c3 = c2;
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (const auto& k : keys) {
       const __m256i a = _mm256_mul_epu32(c0, factor0), b = _mm256_mul_epu32(c2, factor2);
-      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1), _mm256_set1_epi64x(k0));
-      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3), _mm256_set1_epi64x(k1));
+      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1), k[0]);
+      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3), k[1]);
       c1 = b;
       c3 = a;
-      k0 += kPhiloxWeyl[0];
-      k1 += kPhiloxWeyl[1];
     }
     const __m256i low = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xaa);   // words 0 and 1 of each counter
     const __m256i high = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xaa);  // words 2 and 3

@@ -38,9 +38,8 @@ class Operands {
 
 int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
-/// Whether results are written past the caches: with what they are made from they are more than these keep, and they
-/// aren't the lesser part of it.
-bool is_streamed(int64_t read, int64_t written) { return written >= read && read + written > last_cache_bytes(); }
+/// Whether results are written past the caches: with what they are made from they are more than these keep.
+bool is_streamed(int64_t read, int64_t written) { return read + written > last_cache_bytes(); }
 
 /// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes. `data` is the dtype of the numbers.
 template <class Body, class In, class Out>
@@ -55,7 +54,7 @@ class Elementwise {
         out_(out),
         grid_(make_grid(spec, shape.dtype)),
         loop_(tile_loop_for<Body>(spec, shape.dtype, scales_.has_zero_points())),
-        ordinary_(ordinary_loop_for<Body>(spec, shape.dtype, std::is_same_v<Out, Codes>)),
+        ordinary_(loop_of_ordinary(spec, grid_, x.dtype(), out.dtype())),
         stream_(is_streamed(x.bytes(), out.bytes())) {
     if constexpr (std::is_same_v<Out, Data>) limit_ = limit_of(out.view.dtype, spec);
     if constexpr (std::is_same_v<In, Codes>) {
@@ -67,28 +66,41 @@ class Elementwise {
 
   void run(const Tiling& tiling, Executor& executor) const {
     for_each_tile(executor, tiling, [this](int64_t begin, int64_t count) {
-      alignas(64) float x[kTile], s[kTile], z[kTile];
-      tile(begin, count, x_.load(begin, count, x), scales_.load(begin, count, s, z));
+      RawTile x;
+      alignas(64) float s[kTile], z[kTile];
+      tile(begin, count, x_.load_raw(begin, count, x), scales_.load(begin, count, s, z));
     });
   }
 
-  /// A tile whose elements and scales are at hand.
-  QUARK_INLINE void tile(int64_t begin, int64_t count, const float* values, const TileScales& scales) const {
-    alignas(64) float y[kTile];
-    float* to = out_.target(begin, y, stream_);
+  /// A tile whose elements, in their own dtype, and scales are at hand.
+  QUARK_INLINE void tile(int64_t begin, int64_t count, const void* raw, const TileScales& scales) const {
     alignas(64) uint32_t words[Random::kBuffer];
     const uint32_t* random = random_.load(begin, count, words);
     if (ordinary_ && are_ordinary(scales, count, largest_, limit_)) {
-      ordinary_(values, random, to, count, scales, grid_);
-    } else {
-      alignas(64) float others[kTile];
-      const float* second = other_ ? other_->load(begin, count, others) : values;
-      loop_(values, second, random, to, count, scales, limit_, grid_);
+      RawTile buffer;
+      void* to = out_.target_raw(begin, buffer, stream_);
+      ordinary_(raw, random, to, count, scales, grid_, stream_ && to != buffer.bytes);
+      return out_.store_raw(begin, count, to, stream_);
     }
+    alignas(64) float x[kTile], y[kTile], others[kTile];
+    const float* values = x_.floats(raw, count, x);
+    const float* second = other_ ? other_->load(begin, count, others) : values;
+    float* to = out_.target(begin, y, stream_);
+    loop_(values, second, random, to, count, scales, limit_, grid_);
     out_.store(begin, count, to, stream_);
   }
 
  private:
+  static OrdinaryLoop loop_of_ordinary(const QuantSpec& spec, const Grid& g, DType x, DType out) {
+    if constexpr (std::is_same_v<Body, FakeQuantizeBody>)
+      return ordinary_loop_for<FakeQuantizeOrdinary>(spec, g, x, out);
+    if constexpr (std::is_same_v<Body, QuantizeBody> && std::is_same_v<Out, Codes>)
+      return ordinary_loop_for<QuantizeOrdinary>(spec, g, x, out);
+    if constexpr (std::is_same_v<Body, DequantizeBody>) return dequantize_loop_for(spec, g, x, out);
+    (void)g;
+    return nullptr;
+  }
+
   const In& x_;
   const Data* other_;
   Scales scales_;
@@ -170,7 +182,7 @@ Status choose(const TensorView& x, const ScaleTensors& out, const QuantSpec& spe
     return out_of_memory("out of memory for a copy of a group");
   }
   if (const GroupRuns runs(x, spec); runs.found) {
-    choose_runs(x, runs, out, spec, executor, [](int64_t, int64_t, const float*, const TileScales&) {});
+    choose_runs(x, runs, out, spec, executor, [](int64_t, int64_t, const void*, const TileScales&) {});
     return {};
   }
   if (!choose_scales(x, out, spec, executor)) return out_of_memory("out of memory for the groups' extremes");
@@ -208,8 +220,8 @@ Status choose_then(const Operands& operands, const Out& out, const QuantSpec& sp
   const Elementwise<Body, Data, Out> apply(values, nullptr, operands, x, out, own);
   if (const GroupRuns runs(x, spec); runs.found) {
     choose_runs(x, runs, scales, spec, executor,
-                [&](int64_t begin, int64_t count, const float* tile, const TileScales& tile_scales) {
-                  apply.tile(begin, count, tile, tile_scales);
+                [&](int64_t begin, int64_t count, const void* raw, const TileScales& tile_scales) {
+                  apply.tile(begin, count, raw, tile_scales);
                 });
     return {};
   }

@@ -143,7 +143,7 @@ uint32_t code_of(float y, const QuantSpec& spec) {
   const Format& f = spec.format;
   if (f.storage == DType::float16) return to_float16(y);
   if (f.storage == DType::bfloat16) return to_bfloat16(y);
-  if (!f.is_fixed_point()) return encode(y, make_grid(spec), f.bits);
+  if (!f.is_fixed_point()) return encode(y, make_grid(spec));
   return uint32_t(int32_t(y / value_of_step(f))) & ((1u << f.bits) - 1u);
 }
 
@@ -151,7 +151,7 @@ float value_of(uint32_t code, const QuantSpec& spec) {
   const Format& f = spec.format;
   if (f.storage == DType::float16) return from_float16(uint16_t(code));
   if (f.storage == DType::bfloat16) return from_bfloat16(uint16_t(code));
-  if (!f.is_fixed_point()) return decode(code, make_grid(spec), f.bits);
+  if (!f.is_fixed_point()) return decode(code, make_grid(spec));
   auto q = int32_t(code);
   if (f.lo < 0 && code >> (f.bits - 1) != 0) q -= 1 << f.bits;
   return float(q) * value_of_step(f);

@@ -214,7 +214,7 @@ TEST(rows_have_their_documented_largest_values) {
                          {"fp8_e5m2", 0x3c, 1}};
   for (const Known& k : known) {
     const QuantSpec spec = spec_of(k.name);
-    CHECK_EQ(decode(k.code, make_grid(spec), spec.format.bits), k.value);
+    CHECK_EQ(decode(k.code, make_grid(spec)), k.value);
   }
   for (const Format& f : quark::formats()) {
     const check::Note note(f.name);
@@ -281,7 +281,7 @@ TEST(minifloats_quantize_saturate_and_encode) {
         CHECK_EQ((is_inside<Arithmetic::minifloat, R>(x, s, 0.0f, word, grid)), !std::isnan(v) && !far && index <= top);
         if (f.exponent_bits == 0 || std::isnan(v)) return;
         const uint32_t sign = is_negative(want) ? 1u << (f.bits - 1) : 0;
-        CHECK_EQ(encode(got, grid, f.bits), uint32_t(std::min(index, top)) | sign);
+        CHECK_EQ(encode(got, grid), uint32_t(std::min(index, top)) | sign);
       });
     });
   }
@@ -303,10 +303,10 @@ TEST(codes_up_to_eight_bits_decode_and_encode) {
       if (f.specials == Specials::ieee && m == 0x7c) want = negative ? -kInf : kInf;
       if (f.specials == Specials::ieee && m > 0x7c) want = nan_of(negative), back = code | 0x7f;
       if (f.specials == Specials::fnuz && code == half) want = nan_of(false);
-      const float value = decode(code, grid, f.bits);
+      const float value = decode(code, grid);
       CHECK_EQ(value, want);
       if (std::isinf(value)) continue;  // read, never written
-      CHECK_EQ(encode(value, grid, f.bits), back);
+      CHECK_EQ(encode(value, grid), back);
     }
   }
 }
@@ -595,7 +595,7 @@ TEST(dequantize_saturates) {
       for (const char* name : {"fp8_e4m3", "fp8_e5m2", "fp8_e5m2fnuz", "fp4"}) {
         const QuantSpec spec = spec_of(name);
         const auto code = uint32_t(random.between(0, (1 << spec.format.bits) - 1));
-        test_dequantize<Arithmetic::minifloat>(decode(code, make_grid(spec), spec.format.bits), s, 0, limit);
+        test_dequantize<Arithmetic::minifloat>(decode(code, make_grid(spec)), s, 0, limit);
       }
       test_dequantize<Arithmetic::minifloat>(kInf, s, 0, limit);
       test_dequantize<Arithmetic::minifloat>(-kInf, s, 0, limit);
@@ -1018,7 +1018,7 @@ TEST(e4m3_scale) {
     }
   }
   for (uint32_t code = 0; code < 256; ++code) {
-    const float value = decode(code, e4m3, 8);
+    const float value = decode(code, e4m3);
     CHECK_EQ(value, std::isnan(value) ? nan_of(code > 0x7f) : float(reference::e4m3_value(code)));
     CHECK_EQ(std::isnan(value), (code & 0x7f) == 0x7f);
   }
