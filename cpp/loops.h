@@ -9,6 +9,7 @@
 #include <cstring>
 #include <optional>
 
+#include "cpu/levels.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -906,6 +907,9 @@ class Codes {
   float step_;  ///< fixed point: the value of code 1
   int64_t row_, row_bytes_;
 };
+
+/// Whether results are written past the caches: with what they are made from they are more than these keep.
+inline bool is_streamed(int64_t read, int64_t written) { return read + written > last_cache_bytes(); }
 
 // ---- tiles of an operation ----------------------------------------------------------------------------------------
 

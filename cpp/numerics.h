@@ -503,6 +503,20 @@ struct DequantizeOrdinary {
   }
 };
 
+/// An ordinary scale that learns: the clamp leaves what is outside the range outside, whatever the rounding.
+QUARK_INLINE OrdinaryScale learned_scale(float s, float z, const Grid& g) {
+  return {s, z, 1.0f / s, (g.lo - z - 2.0f) * s, (g.hi - z + 2.0f) * s};
+}
+
+/// slope_of for an ordinary scale, rounded to nearest even.
+QUARK_INLINE Slope slope_ordinary(float x, float grad, const OrdinaryScale& k, const Grid& g) {
+  const float v = quotient_of(clamp(x, k.lo, k.hi), k);
+  const float rounded = (v + 0x1.8p23f) - 0x1.8p23f, lo = g.lo - k.z, hi = g.hi - k.z;
+  const float slope = rounded < lo ? lo : rounded > hi ? hi : rounded - v;
+  const bool is_inside = rounded >= lo && rounded <= hi;
+  return {is_inside ? grad : 0.0f, is_nan(x) ? 0.0f : grad, is_nan(x) ? 0.0f : slope};
+}
+
 // ---- dynamic scales -----------------------------------------------------------------------------------------------
 
 /// Bits that order like the magnitude of x if its sign is -, else 0. Unsigned maximum: NaN > inf > finite.

@@ -118,6 +118,13 @@ class ExtremesReader {
         grid_(make_grid(spec, x.dtype)),
         loop_(for_key<ExtremesLoop>(spec, []<class Key>(Key*) { return &extremes_loop<Key>; })),
         is_magnitude_(loop_ == &extremes_loop<MagnitudeKey>) {}
+  /// Of both signs, whatever the scales.
+  static ExtremesReader of_bounds(const TensorView& x, const QuantSpec& spec) {
+    ExtremesReader r(x, spec);
+    r.loop_ = &extremes_loop<BoundsKey>;
+    r.is_magnitude_ = false;
+    return r;
+  }
 
   const Grid& grid() const { return grid_; }
   const Data& data() const { return data_; }
@@ -137,6 +144,13 @@ class ExtremesReader {
     RawTile buffer;
     Extremes e;
     groups(data_.load_raw(begin, n, buffer), n, n, &e.low, &e.high);
+    return e;
+  }
+
+  /// Of any number of elements.
+  Extremes run_all(int64_t begin, int64_t count) const {
+    Extremes e;
+    for (int64_t at = 0; at < count; at += kTile) e = max(e, run(begin + at, min(kTile, count - at)));
     return e;
   }
 
@@ -272,10 +286,9 @@ struct OffsetRange {
 /// One reduction of x to its groups' extremes: `low` and `high` have an entry per scale, and may be the same, where one
 /// maximum of both is enough.
 struct Reduction {
-  Data data;
+  const ExtremesReader& extremes;
   Walk walk;
   int64_t elements;
-  Grid grid;
   uint32_t *low, *high;
   bool out_of_memory;
   int64_t step = 1;  ///< from one scale's entry to the next
@@ -290,11 +303,15 @@ struct Reduction {
       __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       return;
     }
-    const Grid g = grid;
+    const Grid g = extremes.grid();
     alignas(64) float buffer[kTile];
     for (int64_t at = begin; at < end; at += kTile) {
       const int64_t n = min(kTile, end - at);
-      const float* values = data.load(at, n, buffer);
+      if (range.count == 1) {
+        *mine = max(*mine, extremes.run(at, n));
+        continue;
+      }
+      const float* values = extremes.data().load(at, n, buffer);
       walk.runs(at, n, [&](int64_t position, int64_t offset, int64_t count, int64_t stride) {
         Extremes* to = mine + (offset - range.first);
         if (stride == 0) {
@@ -335,8 +352,8 @@ inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const Qu
   std::memset(high, 0, size_t(scales) * 4);
   std::memset(low, 0, size_t(scales) * 4);
 
-  Reduction reduction{Data(x), scale_walk(scale, x.shape, spec), x.elements(), make_grid(spec, x.dtype), low, high,
-                      false};
+  const ExtremesReader extremes(x, spec);
+  Reduction reduction{extremes, scale_walk(scale, x.shape, spec), x.elements(), low, high, false};
   if (!spec.format.is_cast()) {
     executor.run((reduction.elements + kTile - 1) / kTile, kTile,
                  for_key<Executor::Chunk>(spec, []<class Key>(Key*) { return &Reduction::chunk<Key>; }), &reduction);
@@ -346,7 +363,7 @@ inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const Qu
     ScaleRuler scale_of;
     ScaleWriter writer;
     const uint32_t *low, *high;
-  } finish{ScaleRuler(spec, reduction.grid, out.tensor_scale), ScaleWriter(scale, out.zero_point), low, high};
+  } finish{ScaleRuler(spec, extremes.grid(), out.tensor_scale), ScaleWriter(scale, out.zero_point), low, high};
   executor.run(
       reduction.out_of_memory ? 0 : scales, 1,
       [](void* context, int64_t first, int64_t last) {
@@ -542,9 +559,7 @@ void choose_runs(const TensorView& x, const GroupRuns& runs, const ScaleTensors&
     /// A group of several tiles: once for its scale, once more to apply it.
     void group(int64_t begin, int64_t count, int64_t index) const {
       RawTile buffer;
-      Extremes e;
-      for (int64_t at = 0; at < count; at += kTile) e = max(e, extremes.run(begin + at, min(kTile, count - at)));
-      const ScaleAndZero r = scale_of(e);
+      const ScaleAndZero r = scale_of(extremes.run_all(begin, count));
       writer.store(index, r);
       const float s = r.scale, z = float(r.zero_point);
       for (int64_t at = 0; at < count; at += kTile) {
@@ -581,23 +596,19 @@ inline bool find_extremes(const TensorView& x, const TensorView& out, const Quan
   const int64_t groups = out.elements() / 2;
   if (groups == 0) return true;
   ExtremesWriter writer{static_cast<uint32_t*>(out.data)};
-  const Data data(x);
-  const Grid grid = make_grid(spec, x.dtype);
+  const ExtremesReader extremes = ExtremesReader::of_bounds(x, spec);
   if (const GroupRuns runs(x, spec); runs.found) {
     for_each_unit(runs, executor, [&](int64_t begin, int64_t count, int64_t index, int64_t) {
-      alignas(64) float buffer[kTile];
-      Extremes whole;  // of a unit that is one group
-      for (int64_t at = 0; at < count; at += kTile) {
-        const int64_t n = min(kTile, count - at);
-        const float* values = data.load(begin + at, n, buffer);
-        if (count <= runs.group) {
-          whole = max(whole, extremes_of<BoundsKey>(values, n, grid));
-        } else {
-          for (int64_t i = 0; i < n; i += runs.group)
-            writer.store(index++, extremes_of<BoundsKey>(values + i, min(runs.group, n - i), grid));
-        }
+      if (count <= kTile) {
+        RawTile buffer;
+        GroupScales found;
+        const void* raw = extremes.data().load_raw(begin, count, buffer);
+        extremes.groups(raw, count, runs.group, found.low, found.high);
+        for (int64_t i = 0; i < scale_length(count, runs.group); ++i)
+          writer.store(index + i, {found.low[i], found.high[i]});
+        return;
       }
-      if (count <= runs.group) writer.store(index, whole);
+      writer.store(index, extremes.run_all(begin, count));
     });
     return true;
   }
@@ -606,7 +617,7 @@ inline bool find_extremes(const TensorView& x, const TensorView& out, const Quan
   int64_t stride = 1;
   for (int d = x.rank - 1; d >= 0; stride *= scale.shape[d--]) scale.strides[d] = stride;
   std::memset(out.data, 0, size_t(groups) * 2 * sizeof(uint32_t));
-  Reduction reduction{data, scale_walk(scale, x.shape, spec), x.elements(), grid, writer.to + 1, writer.to, false, 2};
+  Reduction reduction{extremes, scale_walk(scale, x.shape, spec), x.elements(), writer.to + 1, writer.to, false, 2};
   executor.run((reduction.elements + kTile - 1) / kTile, kTile, &Reduction::chunk<BoundsKey>, &reduction);
   executor.run(
       reduction.out_of_memory ? 0 : groups, 1,
@@ -729,19 +740,104 @@ inline Walk grouped_walk(const TensorView& t, const QuantSpec& spec, GroupOrder 
 
 // ---- learned scales -----------------------------------------------------------------------------------------------
 
-using SlopeLoop = void (*)(const float* x, const float* grad, int64_t n, float s, float z, const Grid&, float* dx,
-                           float* weight, float* slope);
+/// Scales whose elements lie side by side in memory are taken together, so many at a time.
+inline constexpr int64_t kPanel = 128;
+
+/// A run of neighbours: elements of one scale, or one of each scale of a panel.
+struct SlopeRun {
+  const void *x, *grad;
+  void* dx;
+  int64_t n;
+  int64_t wrap;   ///< element i is a term of lane i % wrap; a multiple of kStep, or beyond n
+  int64_t ahead;  ///< where the elements are that come next
+  double* lane;
+  bool stream;
+};
+
+/// The scales of a run: one, or one of each element.
+struct SlopeScales {
+  alignas(64) float s[kPanel], z[kPanel], inverse[kPanel], lo[kPanel], hi[kPanel];
+  int64_t step;  ///< from an element's scale to the next one's: 0 or 1
+  bool are_ordinary;
+
+  OrdinaryScale at(int64_t i) const { return {s[i], z[i], inverse[i], lo[i], hi[i]}; }
+};
+
+/// sum + a * b; the product is exact.
+QUARK_INLINE double plus_product(double sum, float a, float b) {
+#if defined(__FMA__)
+  return __builtin_fma(double(a), double(b), sum);
+#else
+  return sum + double(a) * double(b);
+#endif
+}
+
+/// dx = slope_of().dx, and weight * slope is added to the lanes. x, grad and dx are T, or float32 where that is void.
+using SlopeLoop = void (*)(const SlopeRun&, const SlopeScales&, const Grid&);
 
 template <Arithmetic A, Rounding R>
-void slope_loop(const float* x, const float* grad, int64_t n, float s, float z, const Grid& grid, float* dx,
-                float* weight, float* slope) {
+void slope_loop(const SlopeRun& run, const SlopeScales& scales, const Grid& grid) {
+  alignas(64) float s[kTile], z[kTile], weight[kTile], slope[kTile];
+  const auto *x = static_cast<const float*>(run.x), *grad = static_cast<const float*>(run.grad);
+  auto* dx = static_cast<float*>(run.dx);
+  for (int64_t i = 0; i < run.n; ++i) s[i] = scales.s[i * scales.step], z[i] = scales.z[i * scales.step];
   const Grid g = grid;
   QUARK_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
-    const Slope r = slope_of<A, R>(x[i], grad[i], s, z, g);
+  for (int64_t i = 0; i < run.n; ++i) {
+    const Slope r = slope_of<A, R>(x[i], grad[i], s[i], z[i], g);
     weight[i] = r.weight;
     slope[i] = r.slope;
     dx[i] = r.dx;
+  }
+  for (int64_t i = 0; i < run.n; i += run.wrap)
+    for (int64_t j = 0; j < min(run.wrap, run.n - i); ++j)
+      run.lane[j] = plus_product(run.lane[j], weight[i + j], slope[i + j]);
+}
+
+/// The same of T, for ordinary scales.
+template <class T>
+void ordinary_slope_loop(const SlopeRun& run, const SlopeScales& scales, const Grid& grid) {
+  const Grid g = grid;
+  const Numbers<T> x(run.x, g), grad(run.grad, g);
+  const NumbersOut<T> dx(run.dx, g);
+  const int64_t n = run.n, wrap = run.wrap, ahead = run.ahead;
+  double* lanes = run.lane;
+  const bool stream = run.stream;
+  // scale(i) is that of element i.
+  const auto all = [&](const auto& scale) {
+    int64_t i = 0, at = 0;  // at = i % wrap
+    for (; i + kStep <= n; i += kStep) {
+      alignas(64) float v[kStep], w[kStep], y[kStep], weight[kStep], slope[kStep];
+      x.step(i, v, ahead);
+      grad.step(i, w, ahead);
+      QUARK_VECTORIZE_STEP
+      for (int64_t j = 0; j < kStep; ++j) {
+        const Slope r = slope_ordinary(v[j], w[j], scale(i + j), g);
+        y[j] = r.dx, weight[j] = r.weight, slope[j] = r.slope;
+      }
+      alignas(64) T line[kStep];
+      dx.step(y, line);
+      if (stream) {
+        stream_step(line, dx.at + i);
+      } else {
+        std::memcpy(dx.at + i, line, sizeof(line));
+      }
+      double* lane = lanes + at;
+      QUARK_VECTORIZE_STEP
+      for (int64_t j = 0; j < kStep; ++j) lane[j] = plus_product(lane[j], weight[j], slope[j]);
+      at = at + kStep == wrap ? 0 : at + kStep;
+    }
+    for (; i < n; ++i) {
+      const Slope r = slope_ordinary(x.one(i), grad.one(i), scale(i), g);
+      dx.one(r.dx, dx.at[i]);
+      lanes[i % wrap] = plus_product(lanes[i % wrap], r.weight, r.slope);
+    }
+  };
+  if (scales.step == 0) {
+    const OrdinaryScale k = scales.at(0);
+    all([=](int64_t) { return k; });
+  } else {
+    all([&](int64_t i) { return scales.at(i); });
   }
 }
 
@@ -756,6 +852,17 @@ inline SlopeLoop slope_loop_for(const QuantSpec& spec) {
     case Rounding::stochastic: break;  // doesn't learn
   }
   return nullptr;
+}
+
+/// nullptr where there is none.
+inline SlopeLoop ordinary_slope_loop_for(const QuantSpec& spec, DType x, DType grad, DType dx) {
+  if (spec.rounding != Rounding::half_even || spec.shifted || x != grad || x != dx) return nullptr;
+  switch (x) {
+    case DType::float32: return ordinary_slope_loop<Stored<float>>;
+    case DType::float16: return ordinary_slope_loop<Float16Bits>;
+    case DType::bfloat16: return ordinary_slope_loop<BFloat16Bits>;
+    default: return nullptr;
+  }
 }
 
 /// The gradients of a fake quantization to x and to its scales, in one pass.
@@ -778,9 +885,6 @@ class LearnScales {
   }
 
  private:
-  /// Scales whose elements lie side by side in memory are taken together, a cache line of them at a time.
-  static constexpr int64_t kPanel = 16, kRows = 256;
-
   LearnScales(const TensorView& x, const TensorView& grad, const TensorView& scale, const TensorView* zero,
               const TensorView& dx, const TensorView& ds, double factor, const QuantSpec& spec)
       : order_(order_for(x, spec)),
@@ -797,7 +901,10 @@ class LearnScales {
         panel_(order_ == GroupOrder::members_first ? kPanel : 1),
         factor_(factor),
         grid_(make_grid(spec)),
-        loop_(slope_loop_for(spec)) {}
+        largest_(magnitude(grid_.lo) > magnitude(grid_.hi) ? magnitude(grid_.lo) : magnitude(grid_.hi)),
+        stream_(is_streamed(x_.bytes() + grad_.bytes(), dx_.bytes())),
+        loop_(slope_loop_for(spec)),
+        ordinary_(ordinary_slope_loop_for(spec, x.dtype, grad.dtype, dx.dtype)) {}
 
   static GroupOrder order_for(const TensorView& x, const QuantSpec& spec) {
     const auto steps_by_one = [&](GroupOrder order) {
@@ -811,6 +918,7 @@ class LearnScales {
   template <void (LearnScales::*method)(int64_t, int64_t) const>
   static void chunk(void* self, int64_t first, int64_t last) {
     (static_cast<const LearnScales*>(self)->*method)(first, last);
+    stream_fence();
   }
 
   float scale_at(int64_t index) const {
@@ -836,54 +944,71 @@ class LearnScales {
 
   /// One chunk of one scale, whose elements follow one another.
   void row(int64_t index, int64_t chunk) const {
-    alignas(64) float x[kTile], grad[kTile], dx[kTile], weight[kTile], slope[kTile];
-    const int64_t inside = chunk * kChunk, begin = index * group_ + inside, n = min(kChunk, group_ - inside);
-    float* to = dx_.target(begin, dx);
-    loop_(x_.load(begin, n, x), grad_.load(begin, n, grad), n, scale_at(index), zero_at(index), grid_, to, weight,
-          slope);
-    dx_.store(begin, n, to);
+    const int64_t inside = chunk * kChunk, n = min(kChunk, group_ - inside);
     double lane[kLanes] = {};
-    add_products(weight, slope, n, lane);
+    add_run(index * group_ + inside, n, kLanes, kChunk, scales_from(index, 1), lane);
     sums_[index * chunks_ + chunk] = fold_lanes(lane);
   }
 
-  /// One chunk of the scales from `index`: rows of their elements, turned into columns and back.
+  /// One chunk of the scales from `index`: a run of one element of each after the other.
   void panel(int64_t index, int64_t chunk) const {
-    alignas(64) float x[kPanel][kRows], grad[kPanel][kRows], dx[kPanel][kRows], weight[kRows], slope[kRows];
-    double lanes[kPanel][kLanes] = {};
-    const int64_t width = min(kPanel, scales_ - index), end = min(group_, (chunk + 1) * kChunk);
-    for (int64_t at = chunk * kChunk; at < end; at += kRows) {
-      const int64_t n = min(kRows, end - at);
-      for (int64_t r = 0; r < n; ++r) {
-        alignas(64) float buffer[kPanel];
-        const float* xs = x_.load((at + r) * scales_ + index, width, buffer);
-        for (int64_t j = 0; j < width; ++j) x[j][r] = xs[j];
-        const float* gs = grad_.load((at + r) * scales_ + index, width, buffer);
-        for (int64_t j = 0; j < width; ++j) grad[j][r] = gs[j];
-      }
-      for (int64_t j = 0; j < width; ++j) {
-        loop_(x[j], grad[j], n, scale_at(index + j), zero_at(index + j), grid_, dx[j], weight, slope);
-        add_products(weight, slope, n, lanes[j]);
-      }
-      for (int64_t r = 0; r < n; ++r) {
-        alignas(64) float buffer[kPanel];
-        float* to = dx_.target((at + r) * scales_ + index, buffer);
-        for (int64_t j = 0; j < width; ++j) to[j] = dx[j][r];
-        dx_.store((at + r) * scales_ + index, width, to);
-      }
+    const int64_t width = min(kPanel, scales_ - index), begin = chunk * kChunk, end = min(group_, begin + kChunk);
+    alignas(64) double lanes[kLanes][kPanel];
+    int64_t rows = 1;  // lanes that have terms, up to a power of two; the others stay 0
+    while (rows < kLanes && rows < end - begin) rows *= 2;
+    std::memset(lanes, 0, size_t(rows) * sizeof(lanes[0]));
+    const SlopeScales scales = scales_from(index, width);
+    for (int64_t at = begin; at < end; ++at)
+      add_run(at * scales_ + index, width, kPanel, scales_, scales, lanes[(at - begin) % kLanes]);
+    for (int64_t w = rows / 2; w > 0; w /= 2)
+      for (int64_t i = 0; i < w; ++i)
+        for (int64_t j = 0; j < width; ++j) lanes[i][j] += lanes[i + w][j];
+    for (int64_t j = 0; j < width; ++j) sums_[(index + j) * chunks_ + chunk] = lanes[0][j];
+  }
+
+  /// The scales of a run from `index` on.
+  SlopeScales scales_from(int64_t index, int64_t n) const {
+    SlopeScales r;
+    r.step = n == 1 ? 0 : 1;
+    for (int64_t i = 0; i < n; ++i) {
+      const OrdinaryScale k = learned_scale(scale_at(index + i), zero_at(index + i), grid_);
+      r.s[i] = k.s, r.z[i] = k.z, r.inverse[i] = k.inverse, r.lo[i] = k.lo, r.hi[i] = k.hi;
     }
-    for (int64_t j = 0; j < width; ++j) sums_[(index + j) * chunks_ + chunk] = fold_lanes(lanes[j]);
+    r.are_ordinary = are_ordinary({r.s, r.z, 1}, n, largest_, float_of(kMaxFinite));
+    return r;
+  }
+
+  /// dx of a run, and its terms added to the lanes.
+  QUARK_INLINE void add_run(int64_t begin, int64_t n, int64_t wrap, int64_t ahead, const SlopeScales& scales,
+                            double* lane) const {
+    if (ordinary_ && scales.are_ordinary) {
+      RawTile x, grad, dx;
+      void* to = dx_.target_raw(begin, dx, stream_);
+      ordinary_({x_.load_raw(begin, n, x), grad_.load_raw(begin, n, grad), to, n, wrap, ahead, lane,
+                 stream_ && to != dx.bytes},
+                scales, grid_);
+      return dx_.store_raw(begin, n, to, stream_);
+    }
+    alignas(64) float x[kTile], grad[kTile], dx[kTile];
+    float* to = dx_.target(begin, dx);
+    loop_({x_.load(begin, n, x), grad_.load(begin, n, grad), to, n, wrap, ahead, lane, false}, scales, grid_);
+    dx_.store(begin, n, to);
   }
 
   /// Items: one scale each.
   void finish(int64_t first, int64_t last) const {
     for (int64_t index = first; index < last; ++index) {
-      TreeSum sum;
-      for (int64_t c = 0; c < chunks_; ++c) sum.add(sums_[index * chunks_ + c]);
-      const auto total = float(sum.finish() * factor_);
+      const auto total = float(sum_of_chunks(sums_ + index * chunks_) * factor_);
       const float value = is_nan(total) ? float_of(kNaN) : total;
       ds_.store(index, 1, &value);
     }
+  }
+
+  double sum_of_chunks(const double* chunk) const {
+    if (chunks_ == 1) return *chunk + 0.0;  // as the tree adds it
+    TreeSum sum;
+    for (int64_t c = 0; c < chunks_; ++c) sum.add(chunk[c]);
+    return sum.finish();
   }
 
   GroupOrder order_;
@@ -892,7 +1017,9 @@ class LearnScales {
   int64_t scales_, group_, chunks_, panel_;
   double factor_;
   Grid grid_;
-  SlopeLoop loop_;
+  float largest_;  ///< magnitude in the range
+  bool stream_;
+  SlopeLoop loop_, ordinary_;
   double* sums_ = nullptr;  // of every chunk
 };
 

@@ -243,8 +243,9 @@ struct Numbers {
   Numbers(const void* numbers, const Grid&) : Numbers(numbers) {}
 
   QUARK_INLINE float one(int64_t i) const { return widen(at[i]); }
-  QUARK_INLINE void step(int64_t i, float* to) const {
-    __builtin_prefetch(at + i + kTile);  // the same step of the next tile: a processor's own stops at a page's end
+  /// Asks for what will be read `ahead`, in the next tile: a processor's own prefetching stops at a page's end.
+  QUARK_INLINE void step(int64_t i, float* to, int64_t ahead = kTile) const {
+    __builtin_prefetch(at + i + ahead);
     load_step(at + i, to);
   }
 };

@@ -38,9 +38,6 @@ class Operands {
 
 int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
-/// Whether results are written past the caches: with what they are made from they are more than these keep.
-bool is_streamed(int64_t read, int64_t written) { return read + written > last_cache_bytes(); }
-
 /// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes. `data` is the dtype of the numbers.
 template <class Body, class In, class Out>
 class Elementwise {
