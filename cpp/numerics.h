@@ -422,6 +422,9 @@ QUARK_INLINE float quotient_of(float x, const OrdinaryScale& k) {
 /// A magnitude below 2^22 to an integer, up where `random` is below the fraction's 32 bits.
 QUARK_INLINE float round_randomly(float m, uint32_t random) {
   const float down = float(int32_t(m));
+#if defined(__AVX512F__)  // which converts to unsigned numbers
+  return down + (random < uint32_t((m - down) * 0x1p32f) ? 1.0f : 0.0f);
+#endif
   const float scaled = (m - down) * 0x1p16f;
   const auto high = int32_t(scaled);
   const auto low = int32_t((scaled - float(high)) * 0x1p16f);

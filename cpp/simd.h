@@ -526,34 +526,68 @@ inline void decode_all(const uint8_t* codes, float* y, int64_t n, const Grid& gr
 
 // ---- random numbers -----------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)
+// Eight counters, each word in a lane of 64 bits.
+using Lanes = __m512i;
+inline constexpr int64_t kCounters = 8;
+QUARK_INLINE Lanes lanes_of(uint32_t word) { return _mm512_set1_epi64(word); }
+QUARK_INLINE Lanes counters_from(uint64_t first) {
+  return _mm512_add_epi64(_mm512_set1_epi64(int64_t(first)), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+}
+/// Products of the lower halves.
+QUARK_INLINE Lanes products(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
+QUARK_INLINE Lanes upper_halves(Lanes a) { return _mm512_srli_epi64(a, 32); }
+QUARK_INLINE Lanes xor_of(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+/// The lower halves of four words of every counter, one counter after the other.
+QUARK_INLINE void store_words(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t* to) {
+  const Lanes low = _mm512_mask_blend_epi32(0xaaaa, c0, _mm512_slli_epi64(c1, 32));
+  const Lanes high = _mm512_mask_blend_epi32(0xaaaa, c2, _mm512_slli_epi64(c3, 32));
+  const Lanes even = _mm512_unpacklo_epi64(low, high), odd = _mm512_unpackhi_epi64(low, high);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi64(even, _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), odd));
+  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64(even, _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4), odd));
+}
+#elif defined(__AVX2__)
+// Four counters.
+using Lanes = __m256i;
+inline constexpr int64_t kCounters = 4;
+QUARK_INLINE Lanes lanes_of(uint32_t word) { return _mm256_set1_epi64x(word); }
+QUARK_INLINE Lanes counters_from(uint64_t first) {
+  return _mm256_add_epi64(_mm256_set1_epi64x(int64_t(first)), _mm256_set_epi64x(3, 2, 1, 0));
+}
+QUARK_INLINE Lanes products(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
+QUARK_INLINE Lanes upper_halves(Lanes a) { return _mm256_srli_epi64(a, 32); }
+QUARK_INLINE Lanes xor_of(Lanes a, Lanes b, Lanes c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+QUARK_INLINE void store_words(Lanes c0, Lanes c1, Lanes c2, Lanes c3, uint32_t* to) {
+  const Lanes low = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xaa);
+  const Lanes high = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xaa);
+  const Lanes even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);
+  auto* lines = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(lines, _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(lines + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+}
+#endif
+
 /// philox() of neighbouring counters: four words each.
 inline void random_words(uint64_t first, int64_t blocks, uint64_t key, uint32_t* words) {
   int64_t i = 0;
 #if defined(__AVX2__)
-  // A word has a lane of 64 bits, of which the products read the lower half; what is above it doesn't matter.
-  const __m256i factor0 = _mm256_set1_epi64x(kPhilox[0]), factor2 = _mm256_set1_epi64x(kPhilox[1]);
-  __m256i keys[kPhiloxRounds][2];
+  const Lanes factor0 = lanes_of(kPhilox[0]), factor2 = lanes_of(kPhilox[1]);
+  Lanes keys[kPhiloxRounds][2];
   for (uint32_t round = 0; round < uint32_t(kPhiloxRounds); ++round) {
-    keys[round][0] = _mm256_set1_epi64x(uint32_t(key) + round * kPhiloxWeyl[0]);
-    keys[round][1] = _mm256_set1_epi64x(uint32_t(key >> 32) + round * kPhiloxWeyl[1]);
+    keys[round][0] = lanes_of(uint32_t(key) + round * kPhiloxWeyl[0]);
+    keys[round][1] = lanes_of(uint32_t(key >> 32) + round * kPhiloxWeyl[1]);
   }
-  for (; i + 4 <= blocks; i += 4) {
-    const auto counter = static_cast<long long>(first + uint64_t(i));
-    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(counter), _mm256_set_epi64x(3, 2, 1, 0));
-    __m256i c1 = _mm256_srli_epi64(c0, 32), c2 = _mm256_setzero_si256(), c3 = c2;
+  for (; i + kCounters <= blocks; i += kCounters) {
+    // What is in the upper half of a lane doesn't matter.
+    Lanes c0 = counters_from(first + uint64_t(i)), c1 = upper_halves(c0), c2 = lanes_of(0), c3 = c2;
     for (const auto& k : keys) {
-      const __m256i a = _mm256_mul_epu32(c0, factor0), b = _mm256_mul_epu32(c2, factor2);
-      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1), k[0]);
-      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3), k[1]);
+      const Lanes a = products(c0, factor0), b = products(c2, factor2);
+      c0 = xor_of(upper_halves(b), c1, k[0]);
+      c2 = xor_of(upper_halves(a), c3, k[1]);
       c1 = b;
       c3 = a;
     }
-    const __m256i low = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xaa);   // words 0 and 1 of each counter
-    const __m256i high = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xaa);  // words 2 and 3
-    const __m256i even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);
-    auto* to = reinterpret_cast<__m256i*>(words + 4 * i);
-    _mm256_storeu_si256(to, _mm256_permute2x128_si256(even, odd, 0x20));
-    _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+    store_words(c0, c1, c2, c3, words + 4 * i);
   }
 #endif
   for (; i < blocks; ++i) {
