@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -183,6 +184,22 @@ def tile_loops(build: Path) -> dict[str, dict[Key, list[Loop]]]:
     return result
 
 
+@pytest.fixture(scope="module")
+def ordinary_loops(build: Path) -> dict[str, dict[str, list[Loop]]]:
+    """For each level the innermost loops of every loop for ordinary scales, by what it is made of."""
+    result = {}
+    for level in LEVELS:
+        listing = output_of(tool("objdump"), "-d", "-C", "--no-show-raw-insn", object_in(build, level))
+        functions = functions_in(listing.replace(f"quark::{level}::(anonymous namespace)::", ""))
+        pattern = re.compile(r"\bordinary_(?:slope_)?loop<(.*)>\(void const\*|\bordinary_slope_loop<(.*)>\(SlopeRun")
+        result[level] = {
+            name[: name.index("(", name.rindex(">"))]: loops_of(name, functions)
+            for name in functions
+            if pattern.search(name)
+        }
+    return result
+
+
 def roundings_of(body: str, arithmetic: str) -> tuple[str, ...]:
     """The roundings that a body has a loop for."""
     if body == "DequantizeBody" or arithmetic in NEAREST_ONLY:
@@ -210,6 +227,17 @@ def test_slope_loops_are_vectorized(tile_loops: dict[str, dict[Key, list[Loop]]]
     found = {key: loops for key, loops in tile_loops[level].items() if key[0] == "slope_loop"}
     assert set(found) == wanted
     assert [key for key, loops in found.items() if not any(is_vectorized(p, "div", LEVELS[level]) for p in loops)] == []
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_ordinary_loops_are_vectorized(ordinary_loops: dict[str, dict[str, list[Loop]]], level: str) -> None:
+    """Each has hot loops for one scale, for a scale per group and for one per element (slopes: without the second)."""
+    loops = ordinary_loops[level]
+    bodies = Counter(re.search(r"\w*Ordinary\b|slope", name)[0] for name in loops)  # type: ignore[index]
+    # Three dtypes, two roundings, fixed point and minifloats; codes to three dtypes; gradients.
+    assert bodies == {"FakeQuantizeOrdinary": 12, "QuantizeOrdinary": 12, "DequantizeOrdinary": 9, "slope": 3}
+    hot = {name: sum(is_vectorized(p, "(mul|div)", LEVELS[level]) for p in found) for name, found in loops.items()}
+    assert {name: count for name, count in hot.items() if count < (2 if "slope" in name else 3)} == {}
 
 
 def test_a_loop_of_scalars_or_calls_is_not_vectorized() -> None:
