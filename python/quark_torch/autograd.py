@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 from quark_kernels.schema import OpSpec
 
@@ -29,14 +31,18 @@ class Recorded(Function):
     record: Callable[..., torch.Tensor]
     """Calls the Function, under whatever transform."""
 
+    _apply: Callable[..., Any]
+    """``Function.apply`` outside of ``torch.func``, where it takes half as long."""
+
     def __init_subclass__(cls) -> None:
         """Make the twin."""
         name = cls.__name__
         _twins[name] = _twin(cls)
+        cls._apply = super(Function, cls).apply  # type: ignore[misc]
 
         def record(*arguments: Any) -> Any:
             if not is_transformed():
-                return cls.apply(*arguments)
+                return cls.apply(*arguments) if is_compiling() else _record(cls, arguments)
             if torch.compiler.is_exporting():
                 raise NotImplementedError(
                     f"{cls.of} is under torch.func while torch.export traces it, which torch has no way for; allowed: "
@@ -51,10 +57,10 @@ class Recorded(Function):
 
     @classmethod
     def apply(cls, *arguments: Any, **keywords: Any) -> Any:
-        """Call the Function, as ``Function.apply`` does, which takes twice as long outside of ``torch.func``."""
+        """Call the Function, as ``Function.apply`` does."""
         if _are_functorch_transforms_active():
             return super().apply(*arguments, **keywords)  # type: ignore[no-untyped-call]
-        alive = [_unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        alive = [_unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in arguments]
         return super(Function, cls).apply(*alive, **keywords)  # type: ignore[misc]
 
     @staticmethod
@@ -67,6 +73,18 @@ class _Nowhere:
 
     def save_for_backward(self, *tensors: Any) -> None:
         pass
+
+
+def _record(cls: type[Recorded], arguments: tuple[Any, ...]) -> Any:
+    """Call a Function outside of torch.func; where nothing has a gradient, what it computes."""
+    has_gradient = False
+    for t in [a for a in arguments if isinstance(a, Tensor)]:
+        if _unwrap_if_dead(t) is not t:
+            return cls.apply(*arguments)
+        has_gradient = has_gradient or t.requires_grad
+    if has_gradient and is_grad_enabled():
+        return cls._apply(*arguments)
+    return cls.forward(_Nowhere(), *arguments)
 
 
 def _twin(cls: type[Recorded]) -> type[Function]:

@@ -73,7 +73,11 @@ def bound(name: str, text: str, dtype: torch.dtype, *shapes: torch.Size) -> Run:
         result = made[0][1]
 
         def run_like(*tensors: torch.Tensor) -> Any:  # torch has less to parse
-            out = torch.empty_like(tensors[0], dtype=result, memory_format=torch.contiguous_format)
+            first = tensors[0]
+            if result is dtype and first.is_contiguous():
+                out = torch.empty_like(first)
+            else:
+                out = torch.empty_like(first, dtype=result, memory_format=torch.contiguous_format)
             core(tensors, (out,), text, torch.get_num_threads())
             return out
 
@@ -218,7 +222,6 @@ def is_plain(*tensors: Any) -> bool:
         or forward_ad._current_level >= 0
         or _len_torch_dispatch_stack()
         or _is_torch_function_mode_enabled()
-        or torch.is_autocast_enabled("cpu")
         or _profiler_enabled()
         or _is_tracing()
     ):
