@@ -908,8 +908,9 @@ class Codes {
   int64_t row_, row_bytes_;
 };
 
-/// Whether results are written past the caches: with what they are made from they are more than these keep.
-inline bool is_streamed(int64_t read, int64_t written) { return read + written > last_cache_bytes(); }
+/// Whether results are written past the caches: with what they are made from they fill half of the last one, which other
+/// cores and other data share. Written there, they would be read first.
+inline bool is_streamed(int64_t read, int64_t written) { return read + written > last_cache_bytes() / 2; }
 
 // ---- tiles of an operation ----------------------------------------------------------------------------------------
 

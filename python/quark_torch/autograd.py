@@ -60,8 +60,10 @@ class Recorded(Function):
         """Call the Function, as ``Function.apply`` does."""
         if _are_functorch_transforms_active():
             return super().apply(*arguments, **keywords)  # type: ignore[no-untyped-call]
-        alive = [_unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in arguments]
-        return super(Function, cls).apply(*alive, **keywords)  # type: ignore[misc]
+        if is_compiling() or keywords or forward_ad._current_level >= 0:
+            alive = [_unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in arguments]
+            return super(Function, cls).apply(*alive, **keywords)  # type: ignore[misc]
+        return _record(cls, arguments)
 
     @staticmethod
     def keep(ctx: Any, *arguments: Any) -> None:
@@ -80,7 +82,7 @@ def _record(cls: type[Recorded], arguments: tuple[Any, ...]) -> Any:
     has_gradient = False
     for t in [a for a in arguments if isinstance(a, Tensor)]:
         if _unwrap_if_dead(t) is not t:
-            return cls.apply(*arguments)
+            return _record(cls, tuple([_unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in arguments]))
         has_gradient = has_gradient or t.requires_grad
     if has_gradient and is_grad_enabled():
         return cls._apply(*arguments)

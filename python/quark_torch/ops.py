@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
+from torch import is_grad_enabled
 from torch._C import (
     _are_functorch_transforms_active,
     _is_torch_function_mode_enabled,
@@ -226,7 +227,7 @@ def is_plain(*tensors: Any) -> bool:
         or _is_tracing()
     ):
         return False
-    is_recorded = torch.is_grad_enabled()
+    is_recorded = is_grad_enabled()
     for t in tensors:
         if type(t) not in PLAIN or not t.is_cpu or t.is_nested or (is_recorded and t.requires_grad):
             return False
@@ -239,8 +240,8 @@ def run_plain(plan: Callable[..., Run | None], x: Any, scale: Any, *how: Any) ->
     """Return what the core makes of x and its scale; None if they aren't plain or the plan of the call is None."""
     if not is_plain(x, scale):
         return None
-    run = schema.planned(plan, x.shape, x.dtype, scale.shape, scale.dtype, *how)
     try:
+        run = schema.remembered(plan, x.shape, x.dtype, scale.shape, scale.dtype, *how)
         return None if run is None else run(x, scale)
     except (TypeError, RuntimeError):
         return None  # what is wrong, if anything, turns out on the long way
