@@ -156,8 +156,10 @@ struct Data {
   }
 
   QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
-    prefetch(begin, count);
-    if (const float* here = direct(begin)) return here;
+    if (const float* here = direct(begin)) {
+      prefetch(begin, count);
+      return here;
+    }
     with_type(view.dtype, [&]<class T>(T*) {
       walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
         load_run(static_cast<const T*>(view.data) + offset, stride, buffer + position, n);
@@ -190,6 +192,7 @@ struct Data {
       T* to = buffer.as<T>();
       walk.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
         const T* from = static_cast<const T*>(view.data) + offset;
+        if (stride == 1) return void(std::memcpy(to + position, from, size_t(n) * sizeof(T)));
         for (int64_t i = 0; i < n; ++i) to[position + i] = from[i * stride];
       });
     });
@@ -685,13 +688,7 @@ void ordinary_loop(const void* x, const uint32_t* random, void* out, int64_t n, 
       numbers.step(i, v);
       QUARK_VECTORIZE_STEP
       for (int64_t j = 0; j < kStep; ++j) y[j] = apply(v[j], i + j, scale(i + j));
-      if (stream) {
-        alignas(64) typename Writer::Element line[kStep];
-        to.step(y, line);
-        stream_step(line, to.at + i);
-      } else {
-        to.step(y, to.at + i);
-      }
+      put_step(to, y, i, stream);
     }
   };
   const auto all = [&](const auto& scale) {
@@ -908,8 +905,8 @@ class Codes {
   int64_t row_, row_bytes_;
 };
 
-/// Whether results are written past the caches: with what they are made from they fill half of the last one, which other
-/// cores and other data share. Written there, they would be read first.
+/// Whether results are written past the caches: with what they are made from they fill half of the last one, which
+/// other cores and other data share. Written there, they would be read first.
 inline bool is_streamed(int64_t read, int64_t written) { return read + written > last_cache_bytes() / 2; }
 
 // ---- tiles of an operation ----------------------------------------------------------------------------------------

@@ -402,7 +402,8 @@ QUARK_INLINE OrdinaryScale ordinary_scale(float s, float z, const Grid& g) {
 }
 
 /// Whether s and z are ordinary, for codes up to `largest` in magnitude and results up to `limit`. With s from 2^-48 up
-/// quotient_of's remainder is exact for |x| >= 2^-100; a lesser x is so far below every grid that it becomes 0.
+/// quotient_of's remainder is exact for |x| >= 2^-100; the quotient of a lesser x is so far below every grid that it is
+/// rounded to 0.
 QUARK_INLINE bool is_ordinary(float s, float z, float largest, float limit) {
   const float reach = largest + magnitude(z);
   return s >= 0x1p-48f && s <= 0x1p60f && reach <= 0x1p20f && reach * s <= limit && (z + 0x1.8p23f) - 0x1.8p23f == z;
@@ -424,11 +425,12 @@ QUARK_INLINE float round_randomly(float m, uint32_t random) {
   const float down = float(int32_t(m));
 #if defined(__AVX512F__)  // which converts to unsigned numbers
   return down + (random < uint32_t((m - down) * 0x1p32f) ? 1.0f : 0.0f);
-#endif
+#else
   const float scaled = (m - down) * 0x1p16f;
   const auto high = int32_t(scaled);
   const auto low = int32_t((scaled - float(high)) * 0x1p16f);
   return down + (random < (uint32_t(high) << 16 | uint32_t(low)) ? 1.0f : 0.0f);
+#endif
 }
 
 /// x / s inside the range, less z.
@@ -465,9 +467,11 @@ QUARK_INLINE float round_ordinary(float x, uint32_t random, const OrdinaryScale&
     const float m = round_randomly(magnitude(v) * float_of((254u << 23) - spacing), random) * float_of(spacing);
     return float_of(bits_of(m) | sign_of(x)) + g.plus_zero;
   }
-  // As in round_to_grid, but the anchor is 1.5 times a power of two, so that it serves both signs. It loses that of 0.
+  // As in round_to_grid, but the anchor is 1.5 times a power of two, so that it serves both signs. It loses that of 0,
+  // and that of a NaN is the processor's choice.
   const float anchor = float_of(anchor_of(e, g));
-  return float_of(bits_of((v + anchor) - anchor) | (sign_of(x) & bits_of(g.plus_zero)));
+  const uint32_t keeps = bits_of(g.plus_zero);  // the sign
+  return float_of((bits_of(x) & keeps) | (bits_of((v + anchor) - anchor) & ~keeps));
 }
 
 struct FakeQuantizeOrdinary {
@@ -506,18 +510,12 @@ struct DequantizeOrdinary {
   }
 };
 
-/// An ordinary scale that learns: the clamp leaves what is outside the range outside, whatever the rounding.
-QUARK_INLINE OrdinaryScale learned_scale(float s, float z, const Grid& g) {
-  return {s, z, 1.0f / s, (g.lo - z - 2.0f) * s, (g.hi - z + 2.0f) * s};
-}
-
-/// slope_of for an ordinary scale, rounded to nearest even.
-QUARK_INLINE Slope slope_ordinary(float x, float grad, const OrdinaryScale& k, const Grid& g) {
-  const float v = quotient_of(clamp(x, k.lo, k.hi), k);
-  const float rounded = (v + 0x1.8p23f) - 0x1.8p23f, lo = g.lo - k.z, hi = g.hi - k.z;
+/// slope_of<affine, half_even> where the range and z are integers of up to 20 bits. The quotient is a division here: of
+/// a tiny x, too, every bit counts.
+QUARK_INLINE Slope small_slope_of(float x, float grad, float s, float z, const Grid& g) {
+  const float v = x / s, rounded = (v + 0x1.8p23f) - 0x1.8p23f, lo = g.lo - z, hi = g.hi - z;
   const float slope = rounded < lo ? lo : rounded > hi ? hi : rounded - v;
-  const bool is_inside = rounded >= lo && rounded <= hi;
-  return {is_inside ? grad : 0.0f, is_nan(x) ? 0.0f : grad, is_nan(x) ? 0.0f : slope};
+  return {rounded >= lo && rounded <= hi ? grad : 0.0f, is_nan(v) ? 0.0f : grad, is_nan(v) ? 0.0f : slope};
 }
 
 // ---- dynamic scales -----------------------------------------------------------------------------------------------

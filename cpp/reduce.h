@@ -143,6 +143,7 @@ class ExtremesReader {
   QUARK_INLINE Extremes run(int64_t begin, int64_t n) const {
     RawTile buffer;
     Extremes e;
+    data_.prefetch(begin, n);
     groups(data_.load_raw(begin, n, buffer), n, n, &e.low, &e.high);
     return e;
   }
@@ -641,16 +642,6 @@ QUARK_INLINE double fold_lanes(double* lane) {
   return lane[0];
 }
 
-/// Adds products, each exact in float64, to the lanes; every call but a chunk's last one has whole rows of lanes.
-inline void add_products(const float* a, const float* b, int64_t n, double* lane) {
-  int64_t at = 0;
-  for (; at + kLanes <= n; at += kLanes) {
-    QUARK_VECTORIZE
-    for (int64_t j = 0; j < kLanes; ++j) lane[j] += double(a[at + j]) * double(b[at + j]);
-  }
-  for (int64_t j = 0; at + j < n; ++j) lane[j] += double(a[at + j]) * double(b[at + j]);
-}
-
 /// The sum of a stream of float64 terms in one fixed order, whatever the machine: chunks of 1024 terms; in a chunk,
 /// lane j (0..63) adds terms j, j + 64, ... and the lanes fold in halves; chunk sums are summed by the same rule.
 class TreeSum {
@@ -754,13 +745,11 @@ struct SlopeRun {
   bool stream;
 };
 
-/// The scales of a run: one, or one of each element.
+/// The scales and zero points of a run: one, or one of each element.
 struct SlopeScales {
-  alignas(64) float s[kPanel], z[kPanel], inverse[kPanel], lo[kPanel], hi[kPanel];
-  int64_t step;  ///< from an element's scale to the next one's: 0 or 1
-  bool are_ordinary;
-
-  OrdinaryScale at(int64_t i) const { return {s[i], z[i], inverse[i], lo[i], hi[i]}; }
+  alignas(64) float s[kPanel], z[kPanel];
+  int64_t step;   ///< from an element's scale to the next one's: 0 or 1
+  bool is_small;  ///< small_slope_of serves
 };
 
 /// sum + a * b; the product is exact.
@@ -772,7 +761,8 @@ QUARK_INLINE double plus_product(double sum, float a, float b) {
 #endif
 }
 
-/// dx = slope_of().dx, and weight * slope is added to the lanes. x, grad and dx are T, or float32 where that is void.
+/// dx = slope_of().dx, and weight * slope is added to the lanes. slope_loop's numbers are float32, small_slope_loop's
+/// T.
 using SlopeLoop = void (*)(const SlopeRun&, const SlopeScales&, const Grid&);
 
 template <Arithmetic A, Rounding R>
@@ -794,17 +784,16 @@ void slope_loop(const SlopeRun& run, const SlopeScales& scales, const Grid& grid
       run.lane[j] = plus_product(run.lane[j], weight[i + j], slope[i + j]);
 }
 
-/// The same of T, for ordinary scales.
 template <class T>
-void ordinary_slope_loop(const SlopeRun& run, const SlopeScales& scales, const Grid& grid) {
+void small_slope_loop(const SlopeRun& run, const SlopeScales& scales, const Grid& grid) {
   const Grid g = grid;
   const Numbers<T> x(run.x, g), grad(run.grad, g);
   const NumbersOut<T> dx(run.dx, g);
   const int64_t n = run.n, wrap = run.wrap, ahead = run.ahead;
   double* lanes = run.lane;
   const bool stream = run.stream;
-  // scale(i) is that of element i.
-  const auto all = [&](const auto& scale) {
+  // s(i) and z(i) are those of element i.
+  const auto all = [&](const auto& s, const auto& z) {
     int64_t i = 0, at = 0;  // at = i % wrap
     for (; i + kStep <= n; i += kStep) {
       alignas(64) float v[kStep], w[kStep], y[kStep], weight[kStep], slope[kStep];
@@ -812,32 +801,27 @@ void ordinary_slope_loop(const SlopeRun& run, const SlopeScales& scales, const G
       grad.step(i, w, ahead);
       QUARK_VECTORIZE_STEP
       for (int64_t j = 0; j < kStep; ++j) {
-        const Slope r = slope_ordinary(v[j], w[j], scale(i + j), g);
-        y[j] = r.dx, weight[j] = r.weight, slope[j] = r.slope;
+        const Slope r = small_slope_of(v[j], w[j], s(i + j), z(i + j), g);
+        y[j] = sizeof(T) == 2 && is_nan(r.dx) ? nan_like(r.dx) : r.dx;
+        weight[j] = r.weight, slope[j] = r.slope;
       }
-      alignas(64) T line[kStep];
-      dx.step(y, line);
-      if (stream) {
-        stream_step(line, dx.at + i);
-      } else {
-        std::memcpy(dx.at + i, line, sizeof(line));
-      }
+      put_step(dx, y, i, stream);
       double* lane = lanes + at;
       QUARK_VECTORIZE_STEP
       for (int64_t j = 0; j < kStep; ++j) lane[j] = plus_product(lane[j], weight[j], slope[j]);
       at = at + kStep == wrap ? 0 : at + kStep;
     }
     for (; i < n; ++i) {
-      const Slope r = slope_ordinary(x.one(i), grad.one(i), scale(i), g);
+      const Slope r = small_slope_of(x.one(i), grad.one(i), s(i), z(i), g);
       dx.one(r.dx, dx.at[i]);
       lanes[i % wrap] = plus_product(lanes[i % wrap], r.weight, r.slope);
     }
   };
   if (scales.step == 0) {
-    const OrdinaryScale k = scales.at(0);
-    all([=](int64_t) { return k; });
+    const float one_s = scales.s[0], one_z = scales.z[0];
+    all([=](int64_t) { return one_s; }, [=](int64_t) { return one_z; });
   } else {
-    all([&](int64_t i) { return scales.at(i); });
+    all([&](int64_t i) { return scales.s[i]; }, [&](int64_t i) { return scales.z[i]; });
   }
 }
 
@@ -855,12 +839,12 @@ inline SlopeLoop slope_loop_for(const QuantSpec& spec) {
 }
 
 /// nullptr where there is none.
-inline SlopeLoop ordinary_slope_loop_for(const QuantSpec& spec, DType x, DType grad, DType dx) {
+inline SlopeLoop small_slope_loop_for(const QuantSpec& spec, DType x, DType grad, DType dx) {
   if (spec.rounding != Rounding::half_even || spec.shifted || x != grad || x != dx) return nullptr;
   switch (x) {
-    case DType::float32: return ordinary_slope_loop<Stored<float>>;
-    case DType::float16: return ordinary_slope_loop<Float16Bits>;
-    case DType::bfloat16: return ordinary_slope_loop<BFloat16Bits>;
+    case DType::float32: return small_slope_loop<Stored<float>>;
+    case DType::float16: return small_slope_loop<Float16Bits>;
+    case DType::bfloat16: return small_slope_loop<BFloat16Bits>;
     default: return nullptr;
   }
 }
@@ -904,7 +888,7 @@ class LearnScales {
         largest_(magnitude(grid_.lo) > magnitude(grid_.hi) ? magnitude(grid_.lo) : magnitude(grid_.hi)),
         stream_(is_streamed(x_.bytes() + grad_.bytes(), dx_.bytes())),
         loop_(slope_loop_for(spec)),
-        ordinary_(ordinary_slope_loop_for(spec, x.dtype, grad.dtype, dx.dtype)) {}
+        small_(small_slope_loop_for(spec, x.dtype, grad.dtype, dx.dtype)) {}
 
   static GroupOrder order_for(const TensorView& x, const QuantSpec& spec) {
     const auto steps_by_one = [&](GroupOrder order) {
@@ -970,23 +954,24 @@ class LearnScales {
   SlopeScales scales_from(int64_t index, int64_t n) const {
     SlopeScales r;
     r.step = n == 1 ? 0 : 1;
+    r.is_small = true;
     for (int64_t i = 0; i < n; ++i) {
-      const OrdinaryScale k = learned_scale(scale_at(index + i), zero_at(index + i), grid_);
-      r.s[i] = k.s, r.z[i] = k.z, r.inverse[i] = k.inverse, r.lo[i] = k.lo, r.hi[i] = k.hi;
+      r.s[i] = scale_at(index + i);
+      r.z[i] = zero_at(index + i);
+      r.is_small = r.is_small && is_ordinary(1.0f, r.z[i], largest_, float_of(kMaxFinite));
     }
-    r.are_ordinary = are_ordinary({r.s, r.z, 1}, n, largest_, float_of(kMaxFinite));
     return r;
   }
 
   /// dx of a run, and its terms added to the lanes.
   QUARK_INLINE void add_run(int64_t begin, int64_t n, int64_t wrap, int64_t ahead, const SlopeScales& scales,
                             double* lane) const {
-    if (ordinary_ && scales.are_ordinary) {
+    if (small_ && scales.is_small) {
       RawTile x, grad, dx;
       void* to = dx_.target_raw(begin, dx, stream_);
-      ordinary_({x_.load_raw(begin, n, x), grad_.load_raw(begin, n, grad), to, n, wrap, ahead, lane,
-                 stream_ && to != dx.bytes},
-                scales, grid_);
+      small_({x_.load_raw(begin, n, x), grad_.load_raw(begin, n, grad), to, n, wrap, ahead, lane,
+              stream_ && to != dx.bytes},
+             scales, grid_);
       return dx_.store_raw(begin, n, to, stream_);
     }
     alignas(64) float x[kTile], grad[kTile], dx[kTile];
@@ -1019,7 +1004,7 @@ class LearnScales {
   Grid grid_;
   float largest_;  ///< magnitude in the range
   bool stream_;
-  SlopeLoop loop_, ordinary_;
+  SlopeLoop loop_, small_;
   double* sums_ = nullptr;  // of every chunk
 };
 

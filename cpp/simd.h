@@ -100,9 +100,9 @@ QUARK_INLINE void load_step(const T* from, float* to) {
   for (int64_t i = 0; i < kStep; ++i) to[i] = widen(from[i]);
 }
 
-/// narrow() of a step's numbers, which have no other NaN than nan_like() gives.
-template <class T>
-QUARK_INLINE void store_step(const float* from, T* to) {
+/// narrow() of a step's numbers, which have no other NaN than nan_like() gives, or of codes.
+template <class From, class T>
+QUARK_INLINE void store_step(const From* from, T* to) {
   QUARK_VECTORIZE_STEP
   for (int64_t i = 0; i < kStep; ++i) narrow(from[i], to[i]);
 }
@@ -226,12 +226,6 @@ QUARK_INLINE void store_step(const int32_t* from, Stored<uint8_t>* to) {
   store_bytes(ints_at(from), ints_at(from + kHalf), to);
 }
 
-#else
-/// The lowest bytes of a step's codes.
-QUARK_INLINE void store_step(const int32_t* from, Stored<uint8_t>* to) {
-  QUARK_VECTORIZE_STEP
-  for (int64_t i = 0; i < kStep; ++i) to[i].raw = uint8_t(from[i]);
-}
 #endif
 
 /// Numbers that are stored as T.
@@ -364,6 +358,15 @@ QUARK_INLINE void stream_step(const T* from, T* to) {
 #else
   std::memcpy(to, from, kStep * sizeof(T));
 #endif
+}
+
+/// A step of a writer's numbers (NumbersOut, MinifloatsOut) at element i, past the caches or not.
+template <class Writer, class From>
+QUARK_INLINE void put_step(const Writer& to, const From* numbers, int64_t i, bool stream) {
+  if (!stream) return to.step(numbers, to.at + i);
+  alignas(64) typename Writer::Element step[kStep];
+  to.step(numbers, step);
+  stream_step(step, to.at + i);
 }
 
 QUARK_INLINE void stream_fence() {

@@ -46,7 +46,8 @@ struct TensorView {
   int64_t shape[kMaxRank] = {};
   int64_t strides[kMaxRank] = {};
 
-  int64_t elements() const {
+  // Always inlined: CPU levels must not share its code.
+  [[gnu::always_inline]] int64_t elements() const {
     int64_t n = 1;
     for (int d = 0; d < rank; ++d) n *= shape[d];
     return n;

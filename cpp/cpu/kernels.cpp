@@ -38,7 +38,7 @@ class Operands {
 
 int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
-/// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes. `data` is the dtype of the numbers.
+/// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes.
 template <class Body, class In, class Out>
 class Elementwise {
  public:
@@ -80,6 +80,7 @@ class Elementwise {
       return out_.store_raw(begin, count, to, stream_);
     }
     alignas(64) float x[kTile], y[kTile], others[kTile];
+    if constexpr (std::is_same_v<In, Data>) x_.prefetch(begin, count);
     const float* values = x_.floats(raw, count, x);
     const float* second = other_ ? other_->load(begin, count, others) : values;
     float* to = out_.target(begin, y, stream_);
@@ -88,13 +89,13 @@ class Elementwise {
   }
 
  private:
-  static OrdinaryLoop loop_of_ordinary(const QuantSpec& spec, const Grid& g, DType x, DType out) {
+  static OrdinaryLoop loop_of_ordinary([[maybe_unused]] const QuantSpec& spec, [[maybe_unused]] const Grid& g,
+                                       [[maybe_unused]] DType x, [[maybe_unused]] DType out) {
     if constexpr (std::is_same_v<Body, FakeQuantizeBody>)
       return ordinary_loop_for<FakeQuantizeOrdinary>(spec, g, x, out);
     if constexpr (std::is_same_v<Body, QuantizeBody> && std::is_same_v<Out, Codes>)
       return ordinary_loop_for<QuantizeOrdinary>(spec, g, x, out);
     if constexpr (std::is_same_v<Body, DequantizeBody>) return dequantize_loop_for(spec, g, x, out);
-    (void)g;
     return nullptr;
   }
 

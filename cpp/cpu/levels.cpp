@@ -47,8 +47,8 @@ Choice choose() {
 
 std::span<const CpuLevel> cpu_levels() { return kLevels; }
 
-int64_t last_cache_bytes() {
-  static const int64_t bytes = [] {
+int64_t& last_cache_bytes() {
+  static int64_t bytes = [] {
     // What glibc's sysconf says of it is, on some virtual machines, that of several.
     int64_t kib = 0;
     if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {

@@ -15,7 +15,7 @@ extern const Kernel kernels[kOpCount];
 }
 #endif
 
-/// The size of the cache that cores share.
-int64_t last_cache_bytes();
+/// The size of the cache that cores share. Tests set it to 0: then every result is written past it.
+int64_t& last_cache_bytes();
 
 }  // namespace quark

@@ -90,8 +90,18 @@ def _part(kind: Kind) -> Part | bool:
     return kind if isinstance(kind, bool) else Part(kind[0], kind[1].name)
 
 
-def _plan(spec: Any, scale: Kind, zero_point: Kind, *call: Any) -> CallPlan:
-    return schema.call_plan(resolve_spec(spec), _part(scale), _part(zero_point), *call)
+def _plan(
+    spec: Any,
+    scale: Kind,
+    zero_point: Kind,
+    has_seed: bool,
+    shape: Shape,
+    axis: int | None,
+    group_size: int | None,
+    packed: bool | None,
+) -> CallPlan:
+    parts = _part(scale), _part(zero_point)
+    return schema.call_plan(resolve_spec(spec), *parts, has_seed, shape, axis, group_size, packed)
 
 
 def _qparams(

@@ -15,6 +15,7 @@ from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import unwrap_if_dead as _unwrap_if_dead
 from torch.autograd import Function, forward_ad
+from torch.autograd.function import FunctionCtx
 from torch.compiler import is_compiling
 
 from quark_kernels.schema import OpSpec
@@ -70,8 +71,11 @@ class Recorded(Function):
         """Keep what backward needs of the arguments."""
 
 
-class _Nowhere:
+class _Nowhere(FunctionCtx):
     """A ctx that nothing is kept in."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.needs_input_grad = (False,) * len(arguments)
 
     def save_for_backward(self, *tensors: Any) -> None:
         pass
@@ -86,14 +90,14 @@ def _record(cls: type[Recorded], arguments: tuple[Any, ...]) -> Any:
         has_gradient = has_gradient or t.requires_grad
     if has_gradient and is_grad_enabled():
         return cls._apply(*arguments)
-    return cls.forward(_Nowhere(), *arguments)
+    return cls.forward(_Nowhere(arguments), *arguments)
 
 
 def _twin(cls: type[Recorded]) -> type[Function]:
     """The same Function in ``setup_context`` style. Its vmap rule is that of the operators it calls."""
 
     def forward(*arguments: Any) -> Any:
-        return cls.forward(_Nowhere(), *arguments)
+        return cls.forward(_Nowhere(arguments), *arguments)
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         cls.keep(ctx, *inputs)

@@ -63,8 +63,18 @@ def _part(kind: Kind) -> Part | bool:
     return kind if isinstance(kind, bool) else Part(tuple(kind[0]), dtype_name(kind[1]))
 
 
-def _plan(spec: SpecLike, scale: Kind, zero_point: Kind, has_seed: bool, shape: torch.Size, *how: Any) -> CallPlan:
-    return schema.call_plan(resolve_spec(spec), _part(scale), _part(zero_point), has_seed, tuple(shape), *how)
+def _plan(
+    spec: SpecLike,
+    scale: Kind,
+    zero_point: Kind,
+    has_seed: bool,
+    shape: torch.Size,
+    axis: int | None,
+    group_size: int | None,
+    packed: bool | None,
+) -> CallPlan:
+    parts = _part(scale), _part(zero_point)
+    return schema.call_plan(resolve_spec(spec), *parts, has_seed, tuple(shape), axis, group_size, packed)
 
 
 def _float32(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@
 
 #include "arrays.h"
 #include "check.h"
+#include "cpu/levels.h"
 #include "numerics.h"
 #include "ops.h"
 #include "reference.h"
@@ -1317,6 +1318,36 @@ TEST(empty_arrays) {
   for (int i = 0; i < 1000; ++i) {
     Case c = random_case(random, Op(i % quark::kOpCount), Size::empty);
     check_case(c, serial, "serial");
+  }
+}
+
+TEST(results_past_the_caches) {
+  Random random(151);
+  quark::SerialExecutor serial;
+  quark::OpenMPExecutor openmp(2);
+  const int64_t cache = std::exchange(quark::last_cache_bytes(), 0);
+  for (int i = 0; i < 60 * quark::kOpCount; ++i) {
+    Case c = random_case(random, Op(i % quark::kOpCount), i % 4 == 0 ? Size::tiles : Size::small);
+    check_case(c, i % 5 == 0 ? static_cast<quark::Executor&>(openmp) : serial, "past the caches");
+  }
+  quark::last_cache_bytes() = cache;
+}
+
+/// Gradients of scales from numbers whose quotients are tiny, and NaN gradients with payloads.
+TEST(slopes_of_tiny_numbers_and_nan) {
+  Random random(152);
+  quark::SerialExecutor serial;
+  for (int i = 0; i < 200; ++i) {
+    const Shape shape = {random.between(1, 3), random.between(1, 70)};
+    Case c = make_case(random, Op::lsq_backward, shape, random_spec(random, Op::lsq_backward, shape));
+    for (Array& a : c.in)
+      for (int64_t k = 0; k < a.elements(); ++k) {
+        if (&a == &c.in[0])
+          a.put_number(k, std::ldexp(double(random.between(1 << 23, 1 << 24)), int(random.between(-163, -83))));
+        if (&a == &c.in[2])
+          a.put_number(k, std::ldexp(double(random.between(1 << 23, 1 << 24)), int(random.between(-43, 37))));
+      }
+    check_case(c, serial, "tiny numbers");
   }
 }
 
