@@ -355,11 +355,16 @@ QUARK_INLINE float threshold_scale(float t, float domain) {
 
 // ---- minifloat codes ----------------------------------------------------------------------------------------------
 
+/// The bits of max(v's exponent, min_exp).
+QUARK_INLINE uint32_t exponent_on_grid(float v, const Grid& g) {
+  const uint32_t exponent = bits_of(v) & kInfinity;
+  return exponent > g.min_exp ? exponent : g.min_exp;
+}
+
 /// The code of a value of the grid. With e = max(exponent, min_exp), |y| is an integer q of spacings 2^(e - mantissa);
 /// an anchor addition shows q, and each step of e past min_exp is worth 2^mantissa codes.
 QUARK_INLINE uint32_t encode(float y, const Grid& g) {
-  const uint32_t exponent = bits_of(y) & kInfinity;
-  const uint32_t e = exponent > g.min_exp ? exponent : g.min_exp;
+  const uint32_t e = exponent_on_grid(y, g);
   const uint32_t anchor = e + ((23u - g.mantissa) << 23);
   const uint32_t q = bits_of(magnitude(y) + float_of(anchor)) - anchor;
   const uint32_t code = is_nan(y) ? g.nan_code : q + (((e - g.min_exp) >> 23) << g.mantissa);
@@ -444,12 +449,6 @@ QUARK_INLINE float bounded_quotient(float x, const OrdinaryScale& k, const Grid&
 /// 1.5 * 2^23 spacings of numbers of exponent `e` as bits: v plus this ends in the number of spacings that v rounds to,
 /// to nearest even and of either sign. Fixed point has those of min_exp everywhere.
 QUARK_INLINE uint32_t anchor_of(uint32_t e, const Grid& g) { return e + ((23u - g.mantissa) << 23) + (1u << 22); }
-
-/// The bits of max(v's exponent, min_exp).
-QUARK_INLINE uint32_t exponent_on_grid(float v, const Grid& g) {
-  const uint32_t exponent = bits_of(v) & kInfinity;
-  return exponent > g.min_exp ? exponent : g.min_exp;
-}
 
 /// R(x / s) inside the range, less z. NaN is NaN where R is nearest, else x mustn't be one.
 template <bool kIsFixed, Rounding R>

@@ -176,3 +176,21 @@ def test_specs_without_their_text_make_it_anew() -> None:
     other.__dict__.update({name: value for name, value in spec.__dict__.items() if name != "text"})
     assert (other, hash(other), str(other)) == (spec, hash(spec), "int8")
     assert QuantSpec(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}) == spec
+
+
+class _WithContext(kernel.QuantE4M3Function):
+    """A user's own, whose forward asks its context."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        assert ctx.needs_input_grad[0] is inputs.requires_grad
+        return kernel.QuantE4M3Function.forward(ctx, inputs, scale)
+
+
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_a_context_with_and_without_gradients(has_gradient: bool) -> None:
+    x = torch.linspace(-2, 2, 33, requires_grad=has_gradient)
+    y = _WithContext.apply(x, None)
+    assert y.requires_grad == has_gradient
+    assert torch.equal(y.detach().view(torch.uint8), kernel.quant_fp8_e4m3(x.detach()).view(torch.uint8))

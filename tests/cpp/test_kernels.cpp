@@ -1338,7 +1338,7 @@ TEST(results_past_the_caches) {
 TEST(slopes_of_tiny_numbers) {
   Random random(152);
   quark::SerialExecutor serial;
-  for (int i = 0; i < 400; ++i) {
+  for (int i = 0; i < 20000; ++i) {
     const Shape shape = {random.between(1, 3), random.between(1, 40)};
     Case c = make_case(random, Op::lsq_backward, shape, random_spec(random, Op::lsq_backward, shape));
     const auto fill = [&](Array& a, int64_t exponent) {
@@ -1351,6 +1351,27 @@ TEST(slopes_of_tiny_numbers) {
     fill(c.in[2], is_large ? random.between(40, 50) : random.between(-5, 0));
     check_case(c, serial, "tiny numbers");
   }
+}
+
+/// Of 16-bit gradients a NaN becomes the one NaN with its sign, whatever its payload and wherever it stands.
+TEST(gradients_that_are_nan) {
+  Random random(153);
+  quark::SerialExecutor serial;
+  int words = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const Shape shape = {random.between(1, 3), random.between(17, 70)};
+    Case c = make_case(random, Op::lsq_backward, shape, random_spec(random, Op::lsq_backward, shape));
+    Array& grad = c.in[1];
+    const DType dtype = grad.dtype();
+    if (dtype != DType::float16 && dtype != DType::bfloat16) continue;
+    ++words;
+    const int quiet = dtype == DType::float16 ? 0x7e00 : 0x7fc0;
+    for (int64_t k = 0; k < grad.elements(); ++k)
+      grad.put(k, uint16_t((quiet + random.between(1, 0x7fff - quiet)) | (random.chance(50) ? 0x8000 : 0)));
+    for (int64_t k = 0; k < c.in[0].elements(); ++k) c.in[0].put_number(k, 0.0);
+    check_case(c, serial, "NaN gradients");
+  }
+  CHECK(words > 2000);
 }
 
 TEST(any_number_of_threads_gives_the_same_bits) {
