@@ -9,111 +9,16 @@
 #include <cstring>
 #include <optional>
 
+#include "bodies.h"
 #include "cpu/levels.h"
+#include "operands.h"
 #include "parallel.h"
+#include "scales.h"
 #include "simd.h"
+#include "walk.h"
 
 namespace quark::QUARK_LEVEL {
 namespace {
-
-QUARK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// ---- walks --------------------------------------------------------------------------------------------------------
-
-/// The memory offsets of one operand in row-major order of the logical array. The index along an axis is divided by
-/// `block` before it is multiplied by the stride.
-struct Walk {
-  int rank = 0;
-  int64_t size[2 * kMaxRank], stride[2 * kMaxRank], block[2 * kMaxRank];
-
-  // Only the axes that there are: a small call would see the cost of the others.
-  Walk() = default;
-  Walk(const Walk& other) { *this = other; }
-  Walk& operator=(const Walk& other) {
-    rank = other.rank;
-    for (int d = 0; d < rank; ++d) {
-      size[d] = other.size[d];
-      stride[d] = other.stride[d];
-      block[d] = other.block[d];
-    }
-    return *this;
-  }
-
-  /// Adds an axis inside the others, merged with the axis before it where one stride serves both.
-  void push(int64_t n, int64_t step, int64_t neighbours) {
-    if (n == 1) return;
-    if (rank > 0 && neighbours == 1 && block[rank - 1] == 1 && stride[rank - 1] == step * n) {
-      size[rank - 1] *= n;
-      stride[rank - 1] = step;
-      return;
-    }
-    size[rank] = n;
-    stride[rank] = step;
-    block[rank] = neighbours;
-    ++rank;
-  }
-
-  /// Calls f(position, offset, n, stride) for each run of the flat range [begin, begin + count): the elements
-  /// position .. position + n of the range lie at offset, offset + stride, ...
-  template <class F>
-  QUARK_INLINE void runs(int64_t begin, int64_t count, F&& f) const {
-    if (rank == 0) {
-      if (count > 0) f(int64_t(0), int64_t(0), count, int64_t(0));
-      return;
-    }
-    int64_t index[2 * kMaxRank];
-    int64_t rest = begin;
-    for (int d = rank - 1; d > 0; --d) {
-      index[d] = rest % size[d];
-      rest /= size[d];
-    }
-    index[0] = rest;
-    const int last = rank - 1;
-    for (int64_t position = 0; position < count;) {
-      int64_t offset = 0;
-      for (int d = 0; d < last; ++d) offset += index[d] / block[d] * stride[d];
-      while (index[last] < size[last] && position < count) {
-        const int64_t b = block[last];
-        const int64_t inside = b == 1 ? size[last] - index[last] : min(b - index[last] % b, size[last] - index[last]);
-        const int64_t n = min(inside, count - position);
-        f(position, offset + index[last] / b * stride[last], n, b == 1 ? stride[last] : int64_t(0));
-        position += n;
-        index[last] += n;
-      }
-      index[last] = 0;
-      for (int d = last - 1; d >= 0; --d) {
-        if (++index[d] < size[d]) break;
-        if (d > 0) index[d] = 0;
-      }
-    }
-  }
-};
-
-/// The walk of a tensor over its own elements.
-inline Walk walk_of(const TensorView& t) {
-  Walk w;
-  for (int d = 0; d < t.rank; ++d) w.push(t.shape[d], t.strides[d], 1);
-  return w;
-}
-
-/// The walk of scales over the elements that they belong to. A scale of one element may have any rank.
-inline Walk scale_walk(const TensorView& scale, const int64_t* shape, const QuantSpec& spec) {
-  Walk w;
-  const bool single = scale.elements() == 1;
-  for (int d = 0; d < spec.rank; ++d) {
-    const int64_t n = shape[d], b = spec.block[d];
-    const int64_t step = single ? 0 : scale.strides[d];
-    if (single || b == 0 || b >= n) {
-      w.push(n, 0, 1);
-    } else if (n % b == 0) {
-      w.push(n / b, step, 1);
-      w.push(b, 0, 1);
-    } else {
-      w.push(n, step, b);
-    }
-  }
-  return w;
-}
 
 // ---- tiles --------------------------------------------------------------------------------------------------------
 
@@ -225,14 +130,6 @@ struct Data {
   }
 };
 
-/// Where results of a dtype saturate: its largest finite value (float64 is computed in float32), or nowhere.
-inline float limit_of(DType dtype, const QuantSpec& spec) {
-  if (spec.ieee) return float_of(kInfinity);
-  if (dtype == DType::float16) return 65504.0f;
-  if (dtype == DType::bfloat16) return 0x1.fep127f;
-  return float_of(kMaxFinite);
-}
-
 // ---- scales -------------------------------------------------------------------------------------------------------
 
 /// The scales and zero points of one tile: an entry for every `step` neighbours.
@@ -257,14 +154,6 @@ void repeat(const T* from, int64_t times, int64_t n, float* to) {
     for (const int64_t end = min(i + times, n); i < end; ++i) to[i] = number;
   }
 }
-
-/// What a call knows of its scales: the tensors of ops.inc's letters s, g, p and z; absent ones are null.
-struct ScaleTensors {
-  const TensorView* scale;
-  const TensorView* tensor_scale = nullptr;
-  const TensorView* pair_bits = nullptr;
-  const TensorView* zero_point = nullptr;
-};
 
 /// The one element of a float32 tensor.
 QUARK_INLINE float element_of(const TensorView& t) { return *static_cast<const float*>(t.data); }
@@ -358,17 +247,6 @@ struct StepReader {
   static Walk& walk_of_reader(ScaleReader& scales) { return scales.walk(); }
 };
 
-/// The byte of pair bits of `n` elements: bits 2 j and 2 j + 1 of `below`, of elements, to bit j. A last element
-/// without a neighbour goes by itself.
-QUARK_INLINE uint8_t pair_bits_of(uint32_t below, int64_t n) {
-  below |= ~0u << uint32_t(n);
-  uint32_t both = below & below >> 1 & 0x5555u;  // the even bits move together
-  both = (both | both >> 1) & 0x3333u;
-  both = (both | both >> 2) & 0x0f0fu;
-  both |= both >> 4;
-  return uint8_t(both & ((1u << uint32_t((n + 1) / 2)) - 1u));
-}
-
 /// The scales of up to kPairByte neighbours, from the first pair of a byte of pair bits on: halved where the bit is
 /// set.
 QUARK_INLINE void halve_pairs(uint32_t byte, const float* scales, int64_t n, float* to) {
@@ -379,13 +257,6 @@ QUARK_INLINE void halve_pairs(uint32_t byte, const float* scales, int64_t n, flo
   } else {
     for (int64_t i = 0; i < n; ++i) halve(i);
   }
-}
-
-/// The walk of pair bits over the elements that they belong to; they have the data's axes, the block's one shorter.
-inline Walk pair_walk(const TensorView& bits, const int64_t* shape, int axis) {
-  Walk w;
-  for (int d = 0; d < bits.rank; ++d) w.push(shape[d], bits.strides[d], d == axis ? kPairByte : 1);
-  return w;
 }
 
 class Scales {
@@ -523,43 +394,6 @@ class Random {
 
 // ---- the elementwise loops ----------------------------------------------------------------------------------------
 
-// What a loop does with one element. `other` is the second data operand, where there is one: a gradient. kOrders: the
-// body serves every order of computing, not just that of the everyday functions; kFinite: and Arithmetic::finite;
-// kRounds: it rounds.
-
-struct QuantizeBody {
-  static constexpr bool kOrders = true, kFinite = false, kRounds = true;
-  template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float x, float, float s, float z, float, uint32_t random, const Grid& g) {
-    return quantize_value<A, R>(x, s, z, random, g);
-  }
-};
-
-struct FakeQuantizeBody {
-  static constexpr bool kOrders = true, kFinite = true, kRounds = true;
-  template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float x, float, float s, float z, float limit, uint32_t random, const Grid& g) {
-    if constexpr (A == Arithmetic::finite) return fake_quantize_finite<R>(x, s, limit, g);
-    return fake_quantize_value<A, R>(x, s, z, limit, random, g);
-  }
-};
-
-struct FakeQuantizeBackwardBody {
-  static constexpr bool kOrders = false, kFinite = false, kRounds = true;
-  template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float x, float other, float s, float z, float, uint32_t random, const Grid& g) {
-    return is_inside<A, R>(x, s, z, random, g) ? other : 0.0f;
-  }
-};
-
-struct DequantizeBody {
-  static constexpr bool kOrders = false, kFinite = false, kRounds = false;
-  template <Arithmetic A, Rounding R>
-  static QUARK_INLINE float apply(float y, float, float s, float z, float limit, uint32_t, const Grid&) {
-    return dequantize_value<A>(y, s, z, limit);
-  }
-};
-
 using TileLoop = void (*)(const float* x, const float* other, const uint32_t* random, float* out, int64_t n,
                           const TileScales&, float limit, const Grid&);
 
@@ -587,43 +421,11 @@ void tile_loop(const float* x, const float* other, const uint32_t* random, float
     out[i] = Body::template apply<A, R>(x[i], other[i], s[i], z[i], limit, kIsRandom ? random[i] : 0u, g);
 }
 
-/// The loop for a rounding. The orders of the documented functions don't go with stochastic rounding.
-template <class Body, Arithmetic A>
-TileLoop tile_loop_for(Rounding rounding) {
-  if constexpr (!Body::kRounds) return tile_loop<Body, A, Rounding::half_even>;
-  constexpr bool kMayBeRandom = A == Arithmetic::integer || A == Arithmetic::affine || A == Arithmetic::minifloat;
-  switch (rounding) {
-#define QUARK_ROUNDING(name) \
-  case Rounding::name: return tile_loop<Body, A, Rounding::name>;
-    QUARK_FIXED_ROUNDINGS(QUARK_ROUNDING)
-#undef QUARK_ROUNDING
-    case Rounding::stochastic:
-      if constexpr (kMayBeRandom) return tile_loop<Body, A, Rounding::stochastic>;
-  }
-  return nullptr;
-}
-
-/// The loop for a spec and x's dtype. What can only round to nearest even has one loop.
+/// The loop for a spec and x's dtype.
 template <class Body>
 TileLoop tile_loop_for(const QuantSpec& spec, DType data, bool has_zero_point) {
-  constexpr Rounding kNearest = Rounding::half_even;
-  const Format& f = spec.format;
-  if (f.storage == DType::float16) return tile_loop<Body, Arithmetic::float16, kNearest>;
-  if (f.storage == DType::bfloat16) return tile_loop<Body, Arithmetic::bfloat16, kNearest>;
-  if constexpr (Body::kOrders) {
-    if constexpr (Body::kFinite)
-      if (spec.shares_exponent() && spec.ieee) return tile_loop<Body, Arithmetic::finite, kNearest>;
-    if (spec.narrow && data == DType::float16) return tile_loop<Body, Arithmetic::minifloat_float16, kNearest>;
-    if (spec.narrow && data == DType::bfloat16) return tile_loop<Body, Arithmetic::minifloat_bfloat16, kNearest>;
-    if (spec.reciprocal && spec.shifted) return tile_loop_for<Body, Arithmetic::reciprocal_shifted>(spec.rounding);
-    if (spec.reciprocal) return tile_loop_for<Body, Arithmetic::reciprocal>(spec.rounding);
-    if (spec.shifted) return tile_loop_for<Body, Arithmetic::shifted>(spec.rounding);
-  }
-  if (!f.is_integer()) return tile_loop_for<Body, Arithmetic::minifloat>(spec.rounding);
-  // A range of more than 16 bits is beyond the shortcut of `integer`.
-  const bool is_wide = spec.quant_min < -0x1p22f || spec.quant_max > 0x1p22f;
-  if (has_zero_point || spec.ieee || is_wide) return tile_loop_for<Body, Arithmetic::affine>(spec.rounding);
-  return tile_loop_for<Body, Arithmetic::integer>(spec.rounding);
+  return with_order<Body>(order_of<Body>(spec, data, has_zero_point),
+                          []<Arithmetic A, Rounding R>() -> TileLoop { return tile_loop<Body, A, R>; });
 }
 
 // ---- loops for ordinary scales ------------------------------------------------------------------------------------
@@ -780,24 +582,15 @@ inline OrdinaryLoop dequantize_loop_for(const QuantSpec& spec, const Grid& g, DT
 class Codes {
  public:
   Codes(const TensorView& t, const QuantSpec& spec, int64_t row_length)
-      : data_(t),
-        grid_(make_grid(spec)),
-        bits_(spec.format.bits),
-        packed_(spec.packed),
-        fixed_point_(spec.format.is_fixed_point()),
-        numbers_(!packed_ && (spec.format.is_integer() || spec.format.is_cast())),
-        signed_(fixed_point_ && spec.format.lo < 0),
-        step_(float_of(uint32_t(spec.format.min_exp - spec.format.mantissa_bits + 127) << 23)),
-        row_(row_length),
-        row_bytes_((row_length * bits_ + 7) / 8) {}
+      : data_(t), grid_(make_grid(spec)), form_(spec, row_length) {}
 
   QUARK_INLINE float* target(int64_t, float* buffer, bool = false) const { return buffer; }
 
   QUARK_INLINE void store(int64_t begin, int64_t count, const float* y, bool stream = false) const {
-    if (numbers_) return data_.store(begin, count, y, stream);
+    if (form_.is_number) return data_.store(begin, count, y, stream);
     RawTile codes;
-    if (fixed_point_) {
-      encode_fixed(y, codes.as<uint8_t>(), count, 1.0f / step_);
+    if (form_.is_fixed_point) {
+      encode_fixed(y, codes.as<uint8_t>(), count, 1.0f / form_.step);
     } else {
       encode_all(y, codes.as<uint8_t>(), count, grid_);
     }
@@ -812,17 +605,17 @@ class Codes {
   // The same as codes: a byte each where they were packed, else in the tensor's own dtype.
 
   QUARK_INLINE const void* load_raw(int64_t begin, int64_t count, RawTile& buffer) const {
-    if (!packed_) return data_.load_raw(begin, count, buffer);
+    if (!form_.is_packed) return data_.load_raw(begin, count, buffer);
     auto* codes = buffer.as<uint8_t>();
     load_packed(begin, count, codes);
-    if (signed_ && bits_ < 8) extend_signs(codes, count, bits_);
+    if (form_.is_signed && form_.bits < 8) extend_signs(codes, count, form_.bits);
     return codes;
   }
 
   QUARK_INLINE const float* floats(const void* raw, int64_t count, float* buffer) const {
-    if (numbers_) return data_.floats(raw, count, buffer);
-    if (fixed_point_) {
-      decode_fixed(static_cast<const uint8_t*>(raw), buffer, count, signed_, step_);
+    if (form_.is_number) return data_.floats(raw, count, buffer);
+    if (form_.is_fixed_point) {
+      decode_fixed(static_cast<const uint8_t*>(raw), buffer, count, form_.is_signed, form_.step);
     } else {
       decode_all(static_cast<const uint8_t*>(raw), buffer, count, grid_);
     }
@@ -830,35 +623,35 @@ class Codes {
   }
 
   QUARK_INLINE void* target_raw(int64_t begin, RawTile& buffer, bool stream) const {
-    return packed_ ? buffer.bytes : data_.target_raw(begin, buffer, stream);
+    return form_.is_packed ? buffer.bytes : data_.target_raw(begin, buffer, stream);
   }
 
   QUARK_INLINE void store_raw(int64_t begin, int64_t count, const void* raw, bool stream) const {
-    if (!packed_) return data_.store_raw(begin, count, raw, stream);
+    if (!form_.is_packed) return data_.store_raw(begin, count, raw, stream);
     store_bytes(begin, count, static_cast<const uint8_t*>(raw), stream);
   }
 
   /// Of what load_raw gives.
-  DType dtype() const { return !packed_ ? data_.dtype() : signed_ ? DType::int8 : DType::uint8; }
+  DType dtype() const { return !form_.is_packed ? data_.dtype() : form_.is_signed ? DType::int8 : DType::uint8; }
   int64_t bytes() const { return data_.bytes(); }
 
   /// The largest magnitude that a code can have.
   float largest() const {
-    if (!fixed_point_) return grid_.hi;
-    return packed_ ? float(1u << bits_) * step_
-                   : float_of(uint32_t(127 + 8 * bytes_of(data_.view.dtype)) << 23) * step_;
+    if (!form_.is_fixed_point) return grid_.hi;
+    return form_.is_packed ? float(1u << form_.bits) * form_.step
+                           : float_of(uint32_t(127 + 8 * bytes_of(data_.view.dtype)) << 23) * form_.step;
   }
 
   /// How far before this element packed codes must be read from: back to the start of a byte.
-  QUARK_INLINE int64_t lead(int64_t begin) const { return packed_ ? begin % row_ % 8 : 0; }
+  QUARK_INLINE int64_t lead(int64_t begin) const { return form_.is_packed ? begin % form_.row % 8 : 0; }
 
  private:
   /// Codes, one a byte; bits above their width don't matter where they are packed.
   QUARK_INLINE void store_bytes(int64_t begin, int64_t count, const uint8_t* codes, bool stream) const {
     alignas(64) uint8_t packed[kTile + kPackingSlack];
     const uint8_t* bytes = codes;
-    if (packed_) {
-      pack_codes(codes, count, bits_, packed);
+    if (form_.is_packed) {
+      pack_codes(codes, count, form_.bits, packed);
       bytes = packed;
       to_bytes(begin, count);
     }
@@ -885,24 +678,18 @@ class Codes {
         for (int64_t i = 0; i < n; ++i) packed[position + i] = from[offset + i * stride];
       }
     });
-    unpack_codes(packed, wanted, bits_, codes);
+    unpack_codes(packed, wanted, form_.bits, codes);
   }
 
   /// Turns a range of codes, which starts on a byte and stays in one row (or in rows of whole bytes), into its bytes.
   QUARK_INLINE void to_bytes(int64_t& begin, int64_t& count) const {
-    begin = begin / row_ * row_bytes_ + begin % row_ * bits_ / 8;
-    count = (count * bits_ + 7) / 8;
+    begin = begin / form_.row * form_.row_bytes + begin % form_.row * form_.bits / 8;
+    count = (count * form_.bits + 7) / 8;
   }
 
   Data data_;
   Grid grid_;
-  uint32_t bits_;
-  bool packed_;
-  bool fixed_point_;  ///< of equal steps, two's complement where signed
-  bool numbers_;      ///< stored in a dtype that holds the values themselves
-  bool signed_;
-  float step_;  ///< fixed point: the value of code 1
-  int64_t row_, row_bytes_;
+  CodeForm form_;
 };
 
 /// Whether results are written past the caches: with what they are made from they fill half of the last one, which

@@ -12,10 +12,18 @@
 #ifndef QUARK_LEVEL
 #define QUARK_LEVEL host
 #endif
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define QUARK_INLINE __host__ __device__ __forceinline__
+#if defined(__CUDACC__) || defined(__HIP__)
+#define QUARK_INLINE __host__ __device__ inline __attribute__((always_inline))
 #else
 #define QUARK_INLINE inline __attribute__((always_inline))
+#endif
+#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
+#define QUARK_ON_GPU
+#endif
+// A fused multiply-add is one instruction. Some quotients and products take fewer steps with it; their bits are the
+// same without, as compiling with QUARK_NO_FMA does.
+#if (defined(__FMA__) || defined(QUARK_ON_GPU)) && !defined(QUARK_NO_FMA)
+#define QUARK_FMA
 #endif
 
 namespace quark::QUARK_LEVEL {
@@ -39,6 +47,16 @@ inline constexpr uint32_t kInfinity = 0x7f800000u;
 inline constexpr uint32_t kNaN = 0x7fc00000u;
 inline constexpr uint32_t kMaxFinite = 0x7f7fffffu;
 inline constexpr uint32_t kMinNormal = 0x00800000u;
+
+#if defined(QUARK_FMA)
+#if defined(__CUDA_ARCH__)
+QUARK_INLINE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+QUARK_INLINE double fused(double a, double b, double c) { return fma(a, b, c); }
+#else
+QUARK_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+QUARK_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
+#endif
 
 QUARK_INLINE uint32_t sign_of(float x) { return bits_of(x) & kSign; }
 QUARK_INLINE float magnitude(float x) { return float_of(bits_of(x) & ~kSign); }
@@ -108,7 +126,7 @@ struct Grid {
 };
 
 /// The ScaleRule as Grid::up_above.
-QUARK_INLINE uint32_t up_above(ScaleRule rule, uint32_t mantissa, float top) {
+inline uint32_t up_above(ScaleRule rule, uint32_t mantissa, float top) {
   constexpr uint32_t kOne = 1u << 23;
   if (rule == ScaleRule::ceil) return 0;
   if (rule == ScaleRule::even) return kOne - (kOne >> (mantissa + 1)) - 1;
@@ -117,7 +135,7 @@ QUARK_INLINE uint32_t up_above(ScaleRule rule, uint32_t mantissa, float top) {
 }
 
 /// `data` is the dtype that x has.
-QUARK_INLINE Grid make_grid(const QuantSpec& spec, DType data = DType::float32) {
+inline Grid make_grid(const QuantSpec& spec, DType data = DType::float32) {
   constexpr uint32_t kNever = 0xffffffffu;
   const Format& f = spec.format;
   const bool has_nan = f.specials != Specials::none;
@@ -238,9 +256,15 @@ enum class Arithmetic : uint8_t {
 };
 
 /// z enters, before or after rounding.
-constexpr bool has_zero(Arithmetic a) { return a >= Arithmetic::affine && a <= Arithmetic::reciprocal_shifted; }
-constexpr bool adds_before(Arithmetic a) { return a == Arithmetic::shifted || a == Arithmetic::reciprocal_shifted; }
-constexpr bool is_minifloat(Arithmetic a) { return a >= Arithmetic::minifloat && a <= Arithmetic::minifloat_bfloat16; }
+QUARK_INLINE constexpr bool has_zero(Arithmetic a) {
+  return a >= Arithmetic::affine && a <= Arithmetic::reciprocal_shifted;
+}
+QUARK_INLINE constexpr bool adds_before(Arithmetic a) {
+  return a == Arithmetic::shifted || a == Arithmetic::reciprocal_shifted;
+}
+QUARK_INLINE constexpr bool is_minifloat(Arithmetic a) {
+  return a >= Arithmetic::minifloat && a <= Arithmetic::minifloat_bfloat16;
+}
 
 /// v = x / s.
 template <Arithmetic A>
@@ -334,6 +358,15 @@ struct Slope {
   float dx, weight, slope;
 };
 
+/// sum + a * b; the product is exact.
+QUARK_INLINE double plus_product(double sum, float a, float b) {
+#if defined(QUARK_FMA)
+  return fused(double(a), double(b), sum);
+#else
+  return sum + double(a) * double(b);
+#endif
+}
+
 /// slope = R(v) - v inside (shifted: of v + z), lo - z below, hi - z above. NaN isn't inside, below or above.
 /// LSQ: arXiv 1902.08153. TQT: arXiv 1903.08066.
 template <Arithmetic A, Rounding R>
@@ -417,9 +450,9 @@ QUARK_INLINE bool is_ordinary(float s, float z, float largest, float limit) {
 /// x / s. With a fused multiply-add the remainder corrects x * (1 / s) to the nearest float (Brisebarre, Muller, Raina:
 /// Accelerating correctly rounded floating-point division when the divisor is known in advance, 2004).
 QUARK_INLINE float quotient_of(float x, const OrdinaryScale& k) {
-#if defined(__FMA__)
+#if defined(QUARK_FMA)
   const float v = x * k.inverse;
-  return __builtin_fmaf(__builtin_fmaf(-v, k.s, x), k.inverse, v);
+  return fused(fused(-v, k.s, x), k.inverse, v);
 #else
   return x / k.s;
 #endif
@@ -428,7 +461,7 @@ QUARK_INLINE float quotient_of(float x, const OrdinaryScale& k) {
 /// A magnitude below 2^22 to an integer, up where `random` is below the fraction's 32 bits.
 QUARK_INLINE float round_randomly(float m, uint32_t random) {
   const float down = float(int32_t(m));
-#if defined(__AVX512F__)  // which converts to unsigned numbers
+#if defined(__AVX512F__) || defined(QUARK_ON_GPU)  // which convert to unsigned numbers
   return down + (random < uint32_t((m - down) * 0x1p32f) ? 1.0f : 0.0f);
 #else
   const float scaled = (m - down) * 0x1p16f;
@@ -623,7 +656,12 @@ struct RandomWords {
   uint32_t word[4];
 };
 
-inline constexpr uint32_t kPhilox[] = {0xD2511F53u, 0xCD9E8D57u}, kPhiloxWeyl[] = {0x9E3779B9u, 0xBB67AE85u};
+/// Two words.
+struct WordPair {
+  uint32_t word[2];
+  QUARK_INLINE constexpr uint32_t operator[](int i) const { return word[i]; }
+};
+inline constexpr WordPair kPhilox{{0xD2511F53u, 0xCD9E8D57u}}, kPhiloxWeyl{{0x9E3779B9u, 0xBB67AE85u}};
 inline constexpr int kPhiloxRounds = 10;
 
 QUARK_INLINE RandomWords philox(uint64_t counter, uint64_t key) {

@@ -4,7 +4,10 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <optional>
 #include <string>
+
+#include "gpu/gpu.h"
 
 namespace quark {
 namespace {
@@ -74,6 +77,12 @@ bool same_view(const TensorView& a, const TensorView& b) {
          std::memcmp(a.strides, b.strides, sizeof(int64_t) * size_t(a.rank)) == 0;
 }
 
+/// A device as people write it: cuda:0.
+std::string text_of(const Place& place) {
+  if (place.device == Device::cpu) return "the CPU";
+  return (place.device == Device::cuda ? "cuda:" : "hip:") + std::to_string(place.number);
+}
+
 /// A tensor in a message, which most calls don't come to write.
 struct Name {
   const char* role;
@@ -86,17 +95,18 @@ class Checker {
   Checker(const OpRow& row, Tensors in, Tensors out, const QuantSpec& spec)
       : row_(row), ins_(letters(row.ins, spec)), outs_(letters(row.outs, spec)), in_(in), out_(out), spec_(spec) {}
 
-  Status check() {
-    if (Status s = check_tensors(); !s.ok()) return s;
+  /// `place`: where the tensors have to be.
+  Status check(const Place& place) {
+    if (Status s = check_tensors(place); !s.ok()) return s;
     if (Status s = check_kinds(); !s.ok()) return s;
-    if (Status s = check_numbers(); !s.ok()) return s;
+    if (Status s = place.device == Device::cpu ? check_numbers() : Status(); !s.ok()) return s;
     return check_overlaps();
   }
 
   /// What must hold of a batch of calls beside what holds of each. Gives the batch's lengths: those of the inputs that
   /// the examples don't share.
-  Status check_batch(int64_t* lengths) const {
-    if (Status s = check_tensors(); !s.ok()) return s;
+  Status check_batch(const Place& place, int64_t* lengths) const {
+    if (Status s = check_tensors(place); !s.ok()) return s;
     for (int d = 0; d < spec_.batch; ++d) lengths[d] = 1;
     const auto take = [&](const TensorView& t, Name name, bool is_output) -> Status {
       if (t.rank < spec_.batch)
@@ -153,12 +163,12 @@ class Checker {
   bool is_threshold() const { return std::string_view(row_.name).starts_with("tqt"); }
 
   /// Their number and their memory. From then on shapes can be computed with.
-  Status check_tensors() const {
+  Status check_tensors(const Place& place) const {
     if (Status s = check_counts(); !s.ok()) return s;
     for (size_t i = 0; i < in_.size(); ++i)
-      if (Status s = check_memory(in_[i], Name{"input ", i}, false); !s.ok()) return s;
+      if (Status s = check_memory(in_[i], Name{"input ", i}, place, false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
-      if (Status s = check_memory(out_[i], Name{"output ", i}, true); !s.ok()) return s;
+      if (Status s = check_memory(out_[i], Name{"output ", i}, place, true); !s.ok()) return s;
     return {};
   }
 
@@ -192,9 +202,10 @@ class Checker {
     return {};
   }
 
-  Status check_memory(const TensorView& t, Name name, bool is_output) const {
-    if (t.device != Device::cpu)
-      return {ErrorKind::unsupported, here(name) + " is on a GPU; this build has CPU kernels only"};
+  Status check_memory(const TensorView& t, Name name, const Place& place, bool is_output) const {
+    if (!(t.place() == place))
+      return value_error(here(name) + " is on " + text_of(t.place()) + "; the call is on " + text_of(place) +
+                         ": all of its tensors must be");
     int64_t n = 1;
     for (int d = 0; d < t.rank; ++d) {
       if (t.shape[d] < 0 || __builtin_mul_overflow(n, t.shape[d], &n))
@@ -469,23 +480,35 @@ int64_t most_elements(Tensors tensors) {
   return most;
 }
 
-/// One call for every example of a batch. All are checked before the first is run.
-Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
-  const OpRow& row = kOps[int(op)];
-  int64_t lengths[kMaxRank];
-  if (Status status = Checker(row, in, out, spec).check_batch(lengths); !status.ok()) return status;
-  QuantSpec own = spec;  // an example's
-  own.batch = 0;
-  Examples examples(in, out, lengths, spec.batch);
-  Checker checker(row, examples.in(), examples.out(), own);
-  if (Status s = checker.check_kinds(); !s.ok()) return {s.kind(), s.message() + " (of one example)"};
-  if (most_elements(out) == 0) return {};  // else each example writes something, so they are not too many to count
-  if (checker.has_numbers()) {
-    for (int64_t i = 0; i < examples.count(); ++i) {
-      examples.move_to(i);
-      if (Status status = checker.check_numbers(); !status.ok()) return status;
+/// A batch of calls, checked before the first is run.
+struct Batch {
+  QuantSpec spec;  ///< an example's
+  std::optional<Examples> examples;
+  bool is_empty = false;
+
+  Status prepare(Op op, Tensors in, Tensors out, const QuantSpec& given, const Place& place) {
+    const OpRow& row = kOps[int(op)];
+    int64_t lengths[kMaxRank];
+    if (Status s = Checker(row, in, out, given).check_batch(place, lengths); !s.ok()) return s;
+    spec = given;
+    spec.batch = 0;
+    examples.emplace(in, out, lengths, given.batch);
+    Checker checker(row, examples->in(), examples->out(), spec);
+    if (Status s = checker.check_kinds(); !s.ok()) return {s.kind(), s.message() + " (of one example)"};
+    is_empty = most_elements(out) == 0;  // else each example writes something, so they are not too many to count
+    if (is_empty || place.device != Device::cpu || !checker.has_numbers()) return {};
+    for (int64_t i = 0; i < examples->count(); ++i) {
+      examples->move_to(i);
+      if (Status s = checker.check_numbers(); !s.ok()) return s;
     }
+    return {};
   }
+};
+
+/// One call for every example.
+Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  Batch batch;
+  if (Status s = batch.prepare(op, in, out, spec, Place{}); !s.ok() || batch.is_empty) return s;
   const CpuLevel* level = nullptr;
   if (Status status = cpu_level(level); !status.ok()) return status;
 
@@ -510,10 +533,11 @@ Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor
     }
   };
   constexpr int64_t kLarge = 1 << 18;  // elements that keep several threads busy
+  const Examples& examples = *batch.examples;
   const int64_t size = std::max(most_elements(examples.in()), most_elements(examples.out()));
   const bool is_large = size >= kLarge;
   SerialExecutor serial;
-  Task task{level->kernels[int(op)], examples, own, is_large ? executor : static_cast<Executor&>(serial)};
+  Task task{level->kernels[int(op)], examples, batch.spec, is_large ? executor : static_cast<Executor&>(serial)};
   if (is_large) {
     Task::run(&task, 0, examples.count());
   } else {
@@ -522,14 +546,37 @@ Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor
   return task.status;
 }
 
+/// The same on a GPU, where the calls follow one another on the stream.
+Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& queue, const GpuPlatform& platform) {
+  Batch batch;
+  if (Status s = batch.prepare(op, in, out, spec, in[0].place()); !s.ok() || batch.is_empty) return s;
+  for (int64_t i = 0; i < batch.examples->count(); ++i) {
+    batch.examples->move_to(i);
+    const Status s = platform.kernels[int(op)](batch.examples->in(), batch.examples->out(), batch.spec, queue);
+    if (!s.ok()) return s;
+  }
+  return {};
+}
+
 }  // namespace
 
 Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   if (spec.batch > 0) return run_batch(op, in, out, spec, executor);
-  if (Status status = Checker(kOps[int(op)], in, out, spec).check(); !status.ok()) return status;
+  if (Status status = Checker(kOps[int(op)], in, out, spec).check(Place{}); !status.ok()) return status;
   const CpuLevel* level = nullptr;
   if (Status status = cpu_level(level); !status.ok()) return status;
   return level->kernels[int(op)](in, out, spec, executor);
+}
+
+Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& queue) {
+  const Place place = in.empty() ? Place{} : in[0].place();
+  if (place.device == Device::cpu)
+    return value_error(std::string(kOps[int(op)].name) + ": input 0 is on the CPU; a GPU's queue takes tensors on it");
+  const GpuPlatform* platform = nullptr;
+  if (Status status = gpu_platform(place.device, platform); !status.ok()) return status;
+  if (spec.batch > 0) return run_batch(op, in, out, spec, queue, *platform);
+  if (Status status = Checker(kOps[int(op)], in, out, spec).check(place); !status.ok()) return status;
+  return platform->kernels[int(op)](in, out, spec, queue);
 }
 
 }  // namespace quark

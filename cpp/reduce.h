@@ -6,35 +6,12 @@
 #include <cstring>
 
 #include "loops.h"
+#include "scales.h"
 
 namespace quark::QUARK_LEVEL {
 namespace {
 
 // ---- extremes -----------------------------------------------------------------------------------------------------
-
-/// What a reduction keeps per scale: two numbers that an unsigned maximum orders.
-struct Extremes {
-  uint32_t low = 0, high = 0;
-};
-
-QUARK_INLINE uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
-QUARK_INLINE Extremes max(const Extremes& a, const Extremes& b) { return {max(a.low, b.low), max(a.high, b.high)}; }
-
-// What one element is to the scale of its group, by the scale's format.
-
-/// Bits of max(-x, 0) and of max(x, 0).
-struct BoundsKey {
-  static QUARK_INLINE Extremes of(float x, const Grid&) { return {below_zero(x), above_zero(x)}; }
-};
-struct MagnitudeKey {
-  static QUARK_INLINE Extremes of(float x, const Grid&) { return {0, magnitude_key(x)}; }
-};
-struct FiniteKey {
-  static QUARK_INLINE Extremes of(float x, const Grid&) { return {0, finite_key(x)}; }
-};
-struct ExponentKey {
-  static QUARK_INLINE Extremes of(float x, const Grid& g) { return {0, exponent_key(x, g)}; }
-};
 
 template <class Key>
 QUARK_INLINE Extremes extremes_of(const float* x, int64_t n, const Grid& grid) {
@@ -92,31 +69,13 @@ void word_extremes(const T* x, int64_t n, int64_t group, uint32_t* low, uint32_t
   });
 }
 
-/// What an element is to a spec's scales: the loop over a run, or the reduction of a whole tensor.
-template <class Result, class Choose>
-Result for_key(const QuantSpec& spec, const Choose& choose) {
-  switch (spec.scale_format) {
-    case ScaleFormat::float32:
-      if (!spec.symmetric) return choose(static_cast<BoundsKey*>(nullptr));
-      break;
-    case ScaleFormat::exponent:
-      if (spec.scale_rule == ScaleRule::fit) return choose(static_cast<ExponentKey*>(nullptr));
-      break;
-    case ScaleFormat::microexponents:
-      if (spec.ieee) return choose(static_cast<FiniteKey*>(nullptr));
-      break;
-    default: break;
-  }
-  return choose(static_cast<MagnitudeKey*>(nullptr));
-}
-
 /// The extremes of runs of a tensor.
 class ExtremesReader {
  public:
   ExtremesReader(const TensorView& x, const QuantSpec& spec)
       : data_(x),
         grid_(make_grid(spec, x.dtype)),
-        loop_(for_key<ExtremesLoop>(spec, []<class Key>(Key*) { return &extremes_loop<Key>; })),
+        loop_(with_key(key_of(spec), []<class Key>() -> ExtremesLoop { return &extremes_loop<Key>; })),
         is_magnitude_(loop_ == &extremes_loop<MagnitudeKey>) {}
   /// Of both signs, whatever the scales.
   static ExtremesReader of_bounds(const TensorView& x, const QuantSpec& spec) {
@@ -181,17 +140,22 @@ struct GroupScales {
 class ScaleRuler {
  public:
   ScaleRuler(const QuantSpec& spec, const Grid& grid, const TensorView* tensor_scale)
-      : spec_(spec), grid_(grid), e4m3_(e4m3_grid()), tensor_scale_(tensor_scale ? element_of(*tensor_scale) : 1.0f) {}
+      : kind_(scale_kind_of(spec)),
+        grid_(grid),
+        e4m3_(e4m3_grid()),
+        tensor_scale_(tensor_scale ? element_of(*tensor_scale) : 1.0f) {}
 
   ScaleAndZero operator()(const Extremes& e) const {
-    return with_rule<ScaleAndZero>([&](const auto& rule) { return rule(e); });
+    return with_scale_kind(kind_, [&]<ScaleKind kind>() { return scale_of<kind>(e, tensor_scale_, grid_, e4m3_); });
   }
 
   void operator()(GroupScales& groups, int64_t n) const {
-    with_rule<void>([&](const auto& rule) {
+    with_scale_kind(kind_, [&]<ScaleKind kind>() {
+      const Grid g = grid_, e4m3 = e4m3_;
+      const float tensor_scale = tensor_scale_;
       QUARK_VECTORIZE
       for (int64_t i = 0; i < n; ++i) {
-        const ScaleAndZero r = rule(Extremes{groups.low[i], groups.high[i]});
+        const ScaleAndZero r = scale_of<kind>({groups.low[i], groups.high[i]}, tensor_scale, g, e4m3);
         groups.scale[i] = r.scale;
         groups.zero_point[i] = r.zero_point;
         groups.code[i] = r.code;
@@ -200,27 +164,7 @@ class ScaleRuler {
   }
 
  private:
-  template <class Result, class Use>
-  Result with_rule(const Use& use) const {
-    const Grid g = grid_, e4m3 = e4m3_;
-    const float tensor_scale = tensor_scale_;
-    switch (spec_.scale_format) {
-      case ScaleFormat::e8m0: return use([=](const Extremes& e) { return e8m0_scale(e.high, g); });
-      case ScaleFormat::e4m3: return use([=](const Extremes& e) { return e4m3_scale(e.high, tensor_scale, g, e4m3); });
-      case ScaleFormat::exponent:
-        if (spec_.scale_rule != ScaleRule::fit) break;
-        return use([=](const Extremes& e) { return exponent_scale(int32_t(e.high) - 150, false, g); });
-      case ScaleFormat::microexponents: break;
-      case ScaleFormat::global: return use([=](const Extremes& e) { return scale_from_bounds(0, e.high, true, g); });
-      case ScaleFormat::float32:
-        if (spec_.format.is_cast()) return use([](const Extremes&) { return ScaleAndZero{1.0f, 0, 0}; });
-        if (spec_.symmetric) return use([=](const Extremes& e) { return scale_from_bounds(e.low, e.high, true, g); });
-        return use([=](const Extremes& e) { return scale_from_bounds(e.low, e.high, false, g); });
-    }
-    return use([=](const Extremes& e) { return exponent_scale(exponent_field(e.high), e.high >= kInfinity, g); });
-  }
-
-  const QuantSpec& spec_;
+  ScaleKind kind_;
   const Grid& grid_;
   Grid e4m3_;
   float tensor_scale_;
@@ -357,7 +301,8 @@ inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const Qu
   Reduction reduction{extremes, scale_walk(scale, x.shape, spec), x.elements(), low, high, false};
   if (!spec.format.is_cast()) {
     executor.run((reduction.elements + kTile - 1) / kTile, kTile,
-                 for_key<Executor::Chunk>(spec, []<class Key>(Key*) { return &Reduction::chunk<Key>; }), &reduction);
+                 with_key(key_of(spec), []<class Key>() -> Executor::Chunk { return &Reduction::chunk<Key>; }),
+                 &reduction);
   }
 
   struct Finish {
@@ -586,9 +531,9 @@ struct ExtremesWriter {
   uint32_t* to;
 
   void store(int64_t index, const Extremes& e) const {
-    const bool has_nan = max(e.low, e.high) > kInfinity;
-    to[2 * index] = has_nan ? kNaN : e.high;
-    to[2 * index + 1] = (has_nan ? kNaN : e.low) | kSign;
+    const Ends ends = ends_of(e);
+    to[2 * index] = ends.high;
+    to[2 * index + 1] = ends.low;
   }
 };
 
@@ -632,7 +577,6 @@ inline bool find_extremes(const TensorView& x, const TensorView& out, const Quan
 
 // ---- sums ---------------------------------------------------------------------------------------------------------
 
-inline constexpr int kLanes = 64, kChunk = 1024;
 static_assert(kChunk == kTile, "a chunk of a sum is computed as one tile");
 
 /// The sum of the lanes, which fold in halves.
@@ -642,8 +586,7 @@ QUARK_INLINE double fold_lanes(double* lane) {
   return lane[0];
 }
 
-/// The sum of a stream of float64 terms in one fixed order, whatever the machine: chunks of 1024 terms; in a chunk,
-/// lane j (0..63) adds terms j, j + 64, ... and the lanes fold in halves; chunk sums are summed by the same rule.
+/// The sum of a stream of terms in the fixed order.
 class TreeSum {
  public:
   QUARK_INLINE void add(double term) { push(0, term); }
@@ -711,24 +654,6 @@ void for_each_run_of_scale(int64_t index, const int64_t* shape, const QuantSpec&
   }
 }
 
-/// Which axes come first in a walk over groups: the scales' (the elements of each scale follow one another, in
-/// row-major order) or the members' (the first elements of all scales, then the second ones).
-enum class GroupOrder { scales_first, members_first };
-
-/// The walk of a tensor of x's shape, whose axes are whole numbers of groups.
-inline Walk grouped_walk(const TensorView& t, const QuantSpec& spec, GroupOrder order) {
-  Walk w;
-  const auto push = [&](bool members) {
-    for (int d = 0; d < spec.rank; ++d) {
-      const int64_t groups = scale_length(t.shape[d], spec.block[d]), length = t.shape[d] / groups;
-      w.push(members ? length : groups, members ? t.strides[d] : length * t.strides[d], 1);
-    }
-  };
-  push(order == GroupOrder::members_first);
-  push(order == GroupOrder::scales_first);
-  return w;
-}
-
 // ---- learned scales -----------------------------------------------------------------------------------------------
 
 /// Scales whose elements lie side by side in memory are taken together, so many at a time.
@@ -751,15 +676,6 @@ struct SlopeScales {
   int64_t step;   ///< from an element's scale to the next one's: 0 or 1
   bool is_small;  ///< small_slope_of serves
 };
-
-/// sum + a * b; the product is exact.
-QUARK_INLINE double plus_product(double sum, float a, float b) {
-#if defined(__FMA__)
-  return __builtin_fma(double(a), double(b), sum);
-#else
-  return sum + double(a) * double(b);
-#endif
-}
 
 /// dx = slope_of().dx, and weight * slope is added to the lanes. slope_loop's numbers are float32, small_slope_loop's
 /// T.
@@ -826,16 +742,7 @@ void small_slope_loop(const SlopeRun& run, const SlopeScales& scales, const Grid
 }
 
 inline SlopeLoop slope_loop_for(const QuantSpec& spec) {
-  switch (spec.rounding) {
-#define QUARK_ROUNDING(name)                                              \
-  case Rounding::name:                                                    \
-    return spec.shifted ? slope_loop<Arithmetic::shifted, Rounding::name> \
-                        : slope_loop<Arithmetic::affine, Rounding::name>;
-    QUARK_FIXED_ROUNDINGS(QUARK_ROUNDING)
-#undef QUARK_ROUNDING
-    case Rounding::stochastic: break;  // doesn't learn
-  }
-  return nullptr;
+  return with_slope(slope_order_of(spec), []<Arithmetic A, Rounding R>() -> SlopeLoop { return slope_loop<A, R>; });
 }
 
 /// nullptr where there is none.

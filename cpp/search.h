@@ -52,7 +52,7 @@ class SearchScales {
       : x_(x),
         spec_(spec),
         extremes_(x, spec),
-        scale_of_(spec_, extremes_.grid(), nullptr),
+        scale_of_(spec, extremes_.grid(), nullptr),
         writer_(*out.scale, out.zero_point),
         loop_(tile_loop_for<FakeQuantizeBody>(spec, x.dtype, out.zero_point != nullptr)) {
     for (int d = 0; d < spec.rank; ++d) longest_ *= spec.block[d] == 0 ? x.shape[d] : min(spec.block[d], x.shape[d]);

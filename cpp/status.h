@@ -5,7 +5,8 @@
 
 namespace quark {
 
-enum class ErrorKind { none, type, value, memory, unsupported };
+/// device: what a GPU or its driver reports.
+enum class ErrorKind { none, type, value, memory, unsupported, device };
 
 /// The result of every fallible function of the core. An error's message names the argument, what came and what is
 /// allowed.

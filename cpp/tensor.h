@@ -37,14 +37,25 @@ inline constexpr int kMaxRank = 16;
 
 enum class Device : uint8_t { cpu, cuda, hip };
 
+/// Where a tensor is.
+struct Place {
+  Device device = Device::cpu;
+  int number = 0;  ///< of GPUs
+
+  bool operator==(const Place&) const = default;
+};
+
 /// A tensor somebody else owns. Strides are in elements and may be zero (inputs) or negative.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::float32;
   Device device = Device::cpu;
+  int device_number = 0;
   int rank = 0;
   int64_t shape[kMaxRank] = {};
   int64_t strides[kMaxRank] = {};
+
+  Place place() const { return {device, device_number}; }
 
   // Always inlined: CPU levels must not share its code.
   [[gnu::always_inline]] int64_t elements() const {

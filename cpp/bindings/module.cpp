@@ -17,7 +17,7 @@ using namespace nb::literals;
 
 namespace quark {
 
-nb::dict xla_handlers();
+nb::dict xla_handlers(std::string_view platform);
 std::tuple<int, int> xla_ffi_api();
 
 namespace {
@@ -30,6 +30,7 @@ void raise_if_error(const Status& status) {
     case ErrorKind::value: throw nb::value_error(message);
     case ErrorKind::memory: PyErr_SetString(PyExc_MemoryError, message); break;
     case ErrorKind::unsupported: PyErr_SetString(PyExc_NotImplementedError, message); break;
+    case ErrorKind::device: PyErr_SetString(PyExc_RuntimeError, message); break;
   }
   throw nb::python_error();
 }
@@ -53,10 +54,22 @@ struct Views {
   Tensors span() const { return {views, count}; }
 };
 
+/// On the stream that is current to the first tensor's framework.
+void call_on_gpu(Op op, nb::handle first, const Views& in, const Views& out, const QuantSpec& spec) {
+  FrameworkQueue queue(first, in.views[0]);
+  Status status;
+  {
+    const nb::gil_scoped_release released;  // a full stream lets the host wait
+    status = run(op, in.span(), out.span(), spec, queue);
+  }
+  raise_if_error(status);
+}
+
 void call(Op op, const nb::tuple& inputs, const nb::tuple& outputs, std::string_view text, int threads) {
   QuantSpec spec;
   raise_if_error(cached_spec(text, spec));
   const Views in(inputs, "input"), out(outputs, "output");
+  if (in.count > 0 && in.views[0].device != Device::cpu) return call_on_gpu(op, inputs[0], in, out, spec);
   const auto work = [&] {
     if (threads > 1) {
       OpenMPExecutor executor(threads);
@@ -144,7 +157,16 @@ NB_MODULE(_core, m) {
         return std::vector<std::tuple<std::string, std::string>>{{"CUDA", QUARK_CUDA_STATE}, {"HIP", QUARK_HIP_STATE}};
       },
       "For each GPU platform what was compiled, or why nothing was.");
-  m.def("xla_handlers", &xla_handlers, "XLA FFI handlers by target name, as capsules.");
+  m.def(
+      "check_gpu",
+      [](std::string_view name) {
+        for (const GpuPlatform* platform : gpu_platforms())
+          if (platform->name == name) return raise_if_error(platform->check());
+        throw nb::value_error("this build has no kernels for that platform");
+      },
+      "platform"_a, "Raise RuntimeError, which says why, where a compiled platform has no device to run on.");
+  m.def("xla_handlers", &xla_handlers, "platform"_a,
+        "XLA FFI handlers by target name, as capsules: for \"cpu\", \"CUDA\" or \"ROCM\". Empty where not compiled.");
   m.def("xla_ffi_api", &xla_ffi_api, "The XLA FFI API (major, minor) that the handlers were compiled for.");
 }
 

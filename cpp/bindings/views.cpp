@@ -58,6 +58,18 @@ bool dtype_of(DLDataType t, DType& dtype) {
   return false;
 }
 
+bool device_of(DLDeviceType type, Device& device) {
+  switch (type) {
+    case kDLCPU:
+    case kDLCUDAHost:
+    case kDLROCMHost: return device = Device::cpu, true;
+    case kDLCUDA:
+    case kDLCUDAManaged: return device = Device::cuda, true;
+    case kDLROCM: return device = Device::hip, true;
+    default: return false;
+  }
+}
+
 bool dtype_of(std::string_view numpy_name, DType& dtype) {
 #define QUARK_DTYPE(name, bytes, dlpack, xla) \
   if (numpy_name == #name) return dtype = DType::name, true;
@@ -91,9 +103,9 @@ TensorView from_dlpack(const DLPackExchangeAPI& api, nb::handle object, const ch
   TensorView view;
   if (!dtype_of(t.dtype, view.dtype))
     refuse(role, index, "has dtype " + nb::cast<std::string>(nb::str(object.attr("dtype"))) + ", which has no kernel");
-  view.device = t.device.device_type == kDLCPU    ? Device::cpu
-                : t.device.device_type == kDLROCM ? Device::hip
-                                                  : Device::cuda;
+  if (!device_of(t.device.device_type, view.device))
+    refuse(role, index, "is on a kind of device that has no kernels; allowed: CPU, CUDA, ROCm");
+  view.device_number = t.device.device_id;
   set_rank(view, size_t(t.ndim), role, index);
   std::copy_n(t.shape, t.ndim, view.shape);
   if (t.strides) {
@@ -139,6 +151,49 @@ TensorView view_of(nb::handle object, const char* role, size_t index) {
   if (const DLPackExchangeAPI* api = exchange_api(object)) return from_dlpack(*api, object, role, index);
   if (nb::hasattr(object, "__array_interface__")) return from_numpy(object, role, index);
   refuse(role, index, "is a " + kind_of(object) + "; allowed: torch tensors and NumPy arrays");
+}
+
+// ---- a tensor's framework as a queue --------------------------------------------------------------------------------
+
+namespace {
+
+DLDeviceType type_of(Device device) { return device == Device::hip ? kDLROCM : kDLCUDA; }
+
+/// The stream that the framework takes to be current on the view's device.
+void* stream_of(const DLPackExchangeAPI* api, const TensorView& view) {
+  void* stream = nullptr;
+  if (!api || !api->current_work_stream ||
+      api->current_work_stream(type_of(view.device), view.device_number, &stream) != 0) {
+    if (PyErr_Occurred()) throw nb::python_error();
+    throw nb::type_error("the tensors' framework doesn't say what its current stream is");
+  }
+  return stream;
+}
+
+}  // namespace
+
+FrameworkQueue::FrameworkQueue(nb::handle tensor, const TensorView& view)
+    : Queue(stream_of(exchange_api(tensor), view), view.device_number),
+      api_(exchange_api(tensor)),
+      device_(view.device) {}
+
+FrameworkQueue::~FrameworkQueue() {
+  for (DLManagedTensorVersioned* block : blocks_)
+    if (block->deleter) block->deleter(block);
+}
+
+void* FrameworkQueue::scratch(int64_t bytes) {
+  if (!api_->managed_tensor_allocator) return nullptr;
+  DLTensor wanted{};
+  wanted.device = {type_of(device_), device()};
+  wanted.ndim = 1;
+  wanted.dtype = {kDLUInt, 8, 1};
+  wanted.shape = &bytes;
+  DLManagedTensorVersioned* block = nullptr;
+  const auto ignore = [](void*, const char*, const char*) {};  // the caller says what there was no memory for
+  if (api_->managed_tensor_allocator(&wanted, &block, nullptr, ignore) != 0 || !block) return nullptr;
+  blocks_.push_back(block);
+  return static_cast<char*>(block->dl_tensor.data) + block->dl_tensor.byte_offset;
 }
 
 }  // namespace quark

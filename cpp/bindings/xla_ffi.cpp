@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "../gpu/gpu.h"
 #include "../ops.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -66,6 +67,7 @@ ffi::Error error_of(const Status& status) {
     case ErrorKind::none: return ffi::Error::Success();
     case ErrorKind::memory: return ffi::Error(ffi::ErrorCode::kResourceExhausted, status.message());
     case ErrorKind::unsupported: return ffi::Error(ffi::ErrorCode::kUnimplemented, status.message());
+    case ErrorKind::device: return ffi::Error(ffi::ErrorCode::kInternal, status.message());
     default: return ffi::Error::InvalidArgument(status.message());
   }
 }
@@ -86,59 +88,110 @@ Status view_of(const ffi::AnyBuffer& buffer, TensorView& view) {
   return {};
 }
 
-constexpr size_t kMostTensors = 8;
-
-ffi::Error handle(Op op, ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-                  std::string_view text) {
+/// What a call is given.
+struct Arguments {
+  static constexpr size_t kMost = 8;
   QuantSpec spec;
-  if (Status status = cached_spec(text, spec); !status.ok()) return error_of(status);
-  if (arguments.size() > kMostTensors || results.size() > kMostTensors)
-    return ffi::Error::InvalidArgument("too many tensors");
-  TensorView in[kMostTensors], out[kMostTensors];
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    const auto buffer = arguments.get<ffi::AnyBuffer>(i);
-    if (buffer.has_error()) return buffer.error();
-    if (Status status = view_of(*buffer, in[i]); !status.ok()) return error_of(status);
-  }
-  for (size_t i = 0; i < results.size(); ++i) {
-    auto buffer = results.get<ffi::AnyBuffer>(i);
-    if (buffer.has_error()) return buffer.error();
-    if (Status status = view_of(**buffer, out[i]); !status.ok()) return error_of(status);
-  }
-  XlaExecutor executor(pool);
-  return error_of(run(op, Tensors(in, arguments.size()), Tensors(out, results.size()), spec, executor));
-}
+  TensorView in[kMost], out[kMost];
+  size_t ins = 0, outs = 0;
 
-/// Nothing may be thrown into XLA.
-template <Op op>
-ffi::Error handle_safely(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-                         std::string_view text) {
+  ffi::Error read(ffi::RemainingArgs arguments, ffi::RemainingRets results, std::string_view text, Device device) {
+    if (Status status = cached_spec(text, spec); !status.ok()) return error_of(status);
+    if (arguments.size() > kMost || results.size() > kMost) return ffi::Error::InvalidArgument("too many tensors");
+    for (; ins < arguments.size(); ++ins) {
+      const auto buffer = arguments.get<ffi::AnyBuffer>(ins);
+      if (buffer.has_error()) return buffer.error();
+      if (Status status = view_of(*buffer, in[ins]); !status.ok()) return error_of(status);
+      in[ins].device = device;
+    }
+    for (; outs < results.size(); ++outs) {
+      auto buffer = results.get<ffi::AnyBuffer>(outs);
+      if (buffer.has_error()) return buffer.error();
+      if (Status status = view_of(**buffer, out[outs]); !status.ok()) return error_of(status);
+      out[outs].device = device;
+    }
+    return ffi::Error::Success();
+  }
+};
+
+/// Reads the arguments and runs the operator on a CPU's Executor or a GPU's Queue. Nothing may be thrown into XLA.
+template <class Where>
+ffi::Error handle(Op op, ffi::RemainingArgs arguments, ffi::RemainingRets results, std::string_view text, Device device,
+                  Where&& where) {
   try {
-    return handle(op, pool, arguments, results, text);
+    Arguments given;
+    if (ffi::Error error = given.read(arguments, results, text, device); error.failure()) return error;
+    return error_of(run(op, Tensors(given.in, given.ins), Tensors(given.out, given.outs), given.spec, where));
   } catch (const std::exception& error) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string(kOps[int(op)].name) + ": " + error.what());
   }
 }
 
 template <Op op>
-XLA_FFI_Error* handler(XLA_FFI_CallFrame* frame) {
+ffi::Error handle_on_cpu(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
+                         std::string_view text) {
+  return handle(op, arguments, results, text, Device::cpu, XlaExecutor(pool));
+}
+
+template <Op op>
+XLA_FFI_Error* cpu_handler(XLA_FFI_CallFrame* frame) {
   static const auto* bound = ffi::Ffi::Bind()
                                  .Ctx<ffi::ThreadPool>()
                                  .RemainingArgs()
                                  .RemainingRets()
                                  .Attr<std::string_view>("spec")
-                                 .To(handle_safely<op>)
+                                 .To(handle_on_cpu<op>)
                                  .release();
   return bound->Call(frame);
 }
 
+/// XLA's stream, on the device that XLA has made the current one, and memory that XLA frees after the call.
+class XlaQueue final : public Queue {
+ public:
+  XlaQueue(void* stream, ffi::ScratchAllocator& allocator) : Queue(stream, -1), allocator_(allocator) {}
+
+  void* scratch(int64_t bytes) override { return allocator_.Allocate(size_t(bytes), 256).value_or(nullptr); }
+
+ private:
+  ffi::ScratchAllocator& allocator_;
+};
+
+template <Op op, Device device>
+ffi::Error handle_on_gpu(void* stream, ffi::ScratchAllocator allocator, ffi::RemainingArgs arguments,
+                         ffi::RemainingRets results, std::string_view text) {
+  return handle(op, arguments, results, text, device, XlaQueue(stream, allocator));
+}
+
+template <Op op, Device device>
+XLA_FFI_Error* gpu_handler(XLA_FFI_CallFrame* frame) {
+  static const auto* bound = ffi::Ffi::Bind()
+                                 .Ctx<ffi::PlatformStream<void*>>()
+                                 .Ctx<ffi::ScratchAllocator>()
+                                 .RemainingArgs()
+                                 .RemainingRets()
+                                 .Attr<std::string_view>("spec")
+                                 .To(handle_on_gpu<op, device>, {ffi::Traits::kCmdBufferCompatible})
+                                 .release();
+  return bound->Call(frame);
+}
+
+template <Op op>
+XLA_FFI_Handler* handler_for(std::string_view platform) {
+  if (platform == "cpu") return &cpu_handler<op>;
+  for (const GpuPlatform* gpu : gpu_platforms()) {
+    if (platform == "CUDA" && gpu->device == Device::cuda) return &gpu_handler<op, Device::cuda>;
+    if (platform == "ROCM" && gpu->device == Device::hip) return &gpu_handler<op, Device::hip>;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
-nb::dict xla_handlers() {
+nb::dict xla_handlers(std::string_view platform) {
   nb::dict handlers;
-#define QUARK_OP(name, ins, outs)    \
-  handlers["quark_kernels." #name] = \
-      nb::capsule(reinterpret_cast<void*>(&handler<Op::name>), "xla._CUSTOM_CALL_TARGET");
+#define QUARK_OP(name, ins, outs)                                 \
+  if (XLA_FFI_Handler* handler = handler_for<Op::name>(platform)) \
+    handlers["quark_kernels." #name] = nb::capsule(reinterpret_cast<void*>(handler), "xla._CUSTOM_CALL_TARGET");
 #include "../ops.inc"
 #undef QUARK_OP
   return handlers;

@@ -2,41 +2,13 @@
 #include <type_traits>
 
 #include "../loops.h"
+#include "../operands.h"
 #include "../reduce.h"
 #include "../search.h"
 #include "levels.h"
 
 namespace quark::QUARK_LEVEL {
 namespace {
-
-/// A call's tensors by the letters of its row. Optional ones that are absent are null.
-class Operands {
- public:
-  Operands(Op op, Tensors in, Tensors out, const QuantSpec& spec) {
-    take(kOps[int(op)].ins, in, spec);
-    take(kOps[int(op)].outs, out, spec);
-  }
-
-  /// Inputs, or outputs where no input has the letter.
-  const TensorView* operator[](char letter) const { return found_[letter - 'a']; }
-
-  ScaleTensors scales() const { return {found_['s' - 'a'], found_['g' - 'a'], found_['p' - 'a'], found_['z' - 'a']}; }
-
- private:
-  void take(const char* letters, Tensors tensors, const QuantSpec& spec) {
-    size_t at = 0;
-    for (; *letters && at < tensors.size(); ++letters) {
-      if (!spec.takes(*letters)) continue;
-      const TensorView*& slot = found_[*letters - 'a'];
-      if (!slot) slot = &tensors[at];
-      ++at;
-    }
-  }
-
-  const TensorView* found_['z' - 'a' + 1] = {};
-};
-
-int64_t last_length(const TensorView& t) { return t.rank > 0 ? t.shape[t.rank - 1] : 1; }
 
 /// out = body(x, other, s, z) of one tile after another. In and Out: Data or Codes.
 template <class Body, class In, class Out>
@@ -111,12 +83,6 @@ class Elementwise {
   float largest_;                       ///< magnitude of a code's number
   float limit_ = float_of(kMaxFinite);  ///< where results saturate
 };
-
-/// `spec` for codes: a format without NaN has no code for it.
-QuantSpec code_spec(QuantSpec spec) {
-  spec.ieee = spec.ieee && spec.format.specials != Specials::none;
-  return spec;
-}
 
 /// q = R(x / s) + z as codes.
 Status quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {

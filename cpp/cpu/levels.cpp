@@ -17,6 +17,9 @@ bool has_v4() { return __builtin_cpu_supports("x86-64-v4"); }
 #endif
 
 constexpr CpuLevel kLevels[] = {
+#if defined(QUARK_SIMT)
+    {"simt", simulated::kernels, always},  // only where its name is asked for
+#endif
     {"baseline", baseline::kernels, always},
 #if defined(__x86_64__)
     {"v3", v3::kernels, has_v3},

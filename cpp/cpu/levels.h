@@ -15,6 +15,13 @@ extern const Kernel kernels[kOpCount];
 }
 #endif
 
+#if defined(QUARK_SIMT)
+/// Those of the GPUs, on the machine of tests/cpp/simt.
+namespace simulated {
+extern const Kernel kernels[kOpCount];
+}
+#endif
+
 /// The size of the cache that cores share. Tests set it to 0: then every result is written past it.
 int64_t& last_cache_bytes();
 

@@ -32,8 +32,9 @@ def _register() -> None:
     # Before anything is registered: a handler that the runtime refuses would keep all of JAX from starting.
     if reason := ffi_api.mismatch():
         raise ImportError(f"quark_jax can't be used: {reason}")
-    for name, handler in _core.xla_handlers().items():
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    for platform in ("cpu", "CUDA", "ROCM"):
+        for name, handler in _core.xla_handlers(platform).items():
+            jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
 _register()

@@ -44,8 +44,15 @@ def cpu_level() -> str:
 def gpu_builds() -> list[tuple[str, str]]:
     """For each GPU platform what was compiled, or why nothing was."""
 
-def xla_handlers() -> dict:
-    """XLA FFI handlers by target name, as capsules."""
+def check_gpu(platform: str) -> None:
+    """
+    Raise RuntimeError, which says why, where a compiled platform has no device to run on.
+    """
+
+def xla_handlers(platform: str) -> dict:
+    """
+    XLA FFI handlers by target name, as capsules: for "cpu", "CUDA" or "ROCM". Empty where not compiled.
+    """
 
 def xla_ffi_api() -> tuple[int, int]:
     """The XLA FFI API (major, minor) that the handlers were compiled for."""

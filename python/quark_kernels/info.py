@@ -23,6 +23,16 @@ def _cpu_level() -> str:
         return f"none: {error}"
 
 
+def _missing_gpu(name: str, state: str) -> str | None:
+    """Return why a GPU platform can't be used here, or None where it can."""
+    if state.startswith("none"):
+        return state
+    try:
+        return _core.check_gpu(name)
+    except RuntimeError as error:
+        return str(error)
+
+
 def info() -> dict[str, Any]:
     """Return versions, CPU levels, GPU builds and, for each backend that is unavailable, the reason.
 
@@ -32,7 +42,7 @@ def info() -> dict[str, Any]:
     """
     packages = {name: _version(name) for name in ("torch", "jax", "jaxlib")}
     gpu = dict(_core.gpu_builds())
-    unavailable = {name: state for name, state in gpu.items() if state.startswith("none")}
+    unavailable = {name: reason for name, state in gpu.items() if (reason := _missing_gpu(name, state))}
     if packages["torch"] is None:
         unavailable["torch"] = "torch isn't installed"
     if packages["jax"] is None or packages["jaxlib"] is None:

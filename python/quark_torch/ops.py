@@ -182,7 +182,8 @@ def _define(op: Op, letters: str, *, out: bool = False) -> None:
         result = "Tensor" if len(results) == 1 else f"({', '.join(['Tensor'] * len(results))})"
         arguments = f"{arguments}, str spec"
     _library.define(f"{name}({arguments}) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _kernel_out(op) if out else _kernel(op), "CPU")
+    for device in ("CPU", "CUDA"):  # ROCm's devices are CUDA's to torch
+        _library.impl(name, _kernel_out(op) if out else _kernel(op), device)
     register_fake(f"{NAMESPACE}::{name}", (lambda *_: None) if out else _fake(op), lib=_library)
     rule = _vmap(op, getattr(getattr(OPERATORS, op.name), overload), "".join(present), out=out)
     register_vmap(f"{NAMESPACE}::{name}", rule, lib=_library)
@@ -212,7 +213,7 @@ def _find(name: str, count: int, spec: OpSpec, out: bool) -> Any:
 
 
 def is_plain(*tensors: Any) -> bool:
-    """Return whether torch's dispatcher would come to the CPU kernel with these, and have nothing to do on the way.
+    """Return whether torch's dispatcher would come to the kernel with these, and have nothing to do on the way.
 
     Then what is ``bound`` can be called at once: the way takes as long again. Kernels that a user has put in place of
     ours, and observers of the dispatcher other than torch's profiler, don't see such calls.
@@ -229,7 +230,7 @@ def is_plain(*tensors: Any) -> bool:
         return False
     is_recorded = is_grad_enabled()
     for t in tensors:
-        if type(t) not in PLAIN or not t.is_cpu or t.is_nested or (is_recorded and t.requires_grad):
+        if type(t) not in PLAIN or not (t.is_cpu or t.is_cuda) or t.is_nested or (is_recorded and t.requires_grad):
             return False
         if t.is_neg() or t._is_zerotensor():
             return False

@@ -894,14 +894,17 @@ TEST(misaligned) {
   c.refused(ErrorKind::value, {"quantize_dynamic: output 1", "aligned", "float32"});
 }
 
-TEST(on_a_gpu) {
+TEST(on_several_devices) {
   for (const quark::Device device : {quark::Device::cuda, quark::Device::hip}) {
+    const char* name = device == quark::Device::cuda ? "cuda:1" : "hip:1";
     Call c = quantize_call();
     c.in[1].device = device;
-    c.refused(ErrorKind::unsupported, {"quantize: input 1", "GPU", "CPU"});
+    c.in[1].device_number = 1;
+    c.refused(ErrorKind::value, {"quantize: input 1 is on", name, "the call is on the CPU"});
     Call d = quantize_call();
     d.out[0].device = device;
-    d.refused(ErrorKind::unsupported, {"quantize: output 0", "GPU", "CPU"});
+    d.out[0].device_number = 1;
+    d.refused(ErrorKind::value, {"quantize: output 0 is on", name, "the call is on the CPU"});
   }
 }
 

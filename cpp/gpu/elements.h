@@ -1,0 +1,98 @@
+// Kernels for one element at a time: any dtype, strides, granularity and order of computing.
+#pragma once
+#include "arrays.h"
+
+namespace quark::QUARK_LEVEL {
+namespace {
+
+/// What a learned scale's tensors say, in memory of the device: the scale and the range that a threshold gives, and the
+/// factor of the scale's gradient.
+struct Learned {
+  double factor;
+  float scale, lo, hi;
+};
+
+struct ElementArguments {
+  int64_t elements, first;  ///< first: where to begin; 0 where rows end in padding bits
+  Numbers x, out;
+  Array other;  ///< the second data operand, where there is one
+  ScaleArrays scales;
+  RandomKey random;
+  Grid grid;
+  float limit;  ///< where results saturate
+  Order order;
+  const Learned* learned;  ///< whose range counts, or null
+  Paths paths;
+};
+static_assert(sizeof(ElementArguments) <= 4096, "a kernel's arguments have 4 KiB");
+
+/// y = x: for conversions, packing and unpacking.
+struct CopyBody {
+  static constexpr bool kOrders = false, kFinite = false, kRounds = false;
+  template <Arithmetic A, Rounding R>
+  static QUARK_INLINE float apply(float x, float, float, float, float, uint32_t, const Grid&) {
+    return x;
+  }
+};
+
+/// out = Body(x, other, s, z) of `count` neighbours from `first` on, which share bytes where codes are packed.
+/// `chosen`: their scale, or null: what the arrays have.
+template <class Body>
+QUARK_DEVICE_CALL void compute(const ElementArguments& a, int64_t first, int count, const ScaleAndZero* chosen) {
+  Grid g = a.grid;
+  if (a.learned) g.lo = a.learned->lo, g.hi = a.learned->hi;
+  const RandomWordsOf random(a.random, a.paths);
+  float y[kPack];
+  for (int k = 0; k < count; ++k) {
+    const int64_t i = first + k;
+    const float x = a.x.load(a.paths, i);
+    if constexpr (std::is_same_v<Body, CopyBody>) {
+      y[k] = x;
+    } else {
+      const float other = a.other.data ? a.other.load(a.paths, i) : x;
+      const float s = chosen ? chosen->scale : a.scales.scale_at(a.paths, i);
+      const float z = chosen ? float(chosen->zero_point) : a.scales.zero_at(a.paths, i);
+      const uint32_t word = random.at(a.paths, i);
+      y[k] = with_order<Body>(a.order, [&]<Arithmetic A, Rounding R>() -> float {
+        return Body::template apply<A, R>(x, other, s, z, a.limit, word, g);
+      });
+    }
+  }
+  if (a.out.form.is_packed) return a.out.store_packed(a.paths, first, count, y);
+  for (int k = 0; k < count; ++k) a.out.store(a.paths, first + k, y[k]);
+}
+
+/// Elements that a thread takes.
+inline constexpr int kPerThread = int(kPack);
+
+/// A thread takes neighbours where they share bytes, else elements that are a block apart, so that threads side by side
+/// are at neighbours.
+template <class Body>
+QUARK_KERNEL(kThreads)
+each_element(QUARK_ARGUMENT const ElementArguments a) {
+  if (a.out.form.is_packed) {
+    const int64_t pack = block() * kThreads + thread();
+    // A row whose bytes end in padding bits is by itself.
+    const int64_t row = a.out.form.row * a.out.form.bits % 8 == 0 ? a.elements : a.out.form.row;
+    const int64_t packs = (row + kPack - 1) / kPack, in_row = divide(pack, packs);
+    const int64_t begin = a.first + (pack - in_row * packs) * kPack, first = in_row * row + begin;
+    if (first < a.elements) compute<Body>(a, first, int(min(kPack, row - begin)), nullptr);
+  } else {
+    for (int k = 0; k < kPerThread; ++k) {
+      const int64_t i = a.first + (block() * kPerThread + k) * kThreads + thread();
+      if (i < a.elements) compute<Body>(a, i, 1, nullptr);
+    }
+  }
+}
+
+/// How many threads each_element takes.
+inline int64_t threads_for_elements(const ElementArguments& a) {
+  if (!a.out.form.is_packed) return (a.elements - a.first + kPerThread - 1) / kPerThread;
+  if (a.first > 0) return (a.elements - a.first + kPack - 1) / kPack;
+  const bool is_padded = a.out.form.row * a.out.form.bits % 8 != 0;
+  const int64_t row = is_padded ? a.out.form.row : a.elements;
+  return a.elements == 0 ? 0 : a.elements / row * ((row + kPack - 1) / kPack);
+}
+
+}  // namespace
+}  // namespace quark::QUARK_LEVEL
