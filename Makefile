@@ -13,7 +13,8 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-peers test-cpp test-clang lint format generated bench harden clean
+.PHONY: demo test test-python test-peers test-cpp test-clang test-simt test-gpu-build lint format generated bench harden \
+  clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
@@ -71,6 +72,40 @@ test-clang: $(VENV)/.installed $(VENV)/.test-tools
 	PATH="$(abspath $(BIN)):$$PATH" CXX=clang++-19 $(PIP) --no-build-isolation --no-deps --force-reinstall .
 	touch -d @0 $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/test_formats.py tests/test_errors.py
+
+# ---- GPU kernels, without a GPU --------------------------------------------------------------------------------------
+
+# On the machine of tests/cpp/simt: the C++ tests, then those of Python's that call every operator with every format.
+SIMT_TESTS ?= test_blocks.py test_learned.py test_choose.py test_stochastic.py test_forward.py test_gradients.py
+
+test-simt: $(VENV)/.simt
+	$(MAKE) test-cpp PRESET=simt
+	QUARK_CPU_LEVEL=simt $(VENV)-simt/bin/python -m pytest -q $(PARALLEL) $(addprefix tests/,$(SIMT_TESTS)) -k "core"
+
+# The module with these kernels, beside the packages of the other environment.
+$(VENV)/.simt: $(VENV)/.installed $(VENV)/.test-tools
+	$(PIP) 'scikit-build-core>=0.10' 'nanobind>=2.9' 'apache-tvm-ffi>=0.1.7'
+	$(BIN)/python -m venv --without-pip $(VENV)-simt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(VENV)-simt/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth"
+	$(PIP) --no-build-isolation --no-deps --upgrade -C cmake.define.QUARK_SIMT=ON . \
+	  --target "$$($(VENV)-simt/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+	touch $@
+
+# The extension for CUDA and HIP with the compilers alone: it loads without a driver and says that there is no device.
+# And what the compilers made of the arithmetic.
+HIP_FOLDER := $(abspath build)/hip
+LINTED ?= --only 80 90 gfx942 gfx1100
+
+test-gpu-build: $(VENV)/.installed $(VENV)/.test-tools
+	$(PIP) 'scikit-build-core>=0.10' 'nanobind>=2.9' 'apache-tvm-ffi>=0.1.7'
+	scripts/setup_hip.sh $(HIP_FOLDER) > build/hip-arguments
+	rm -rf build/gpu-package
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --target build/gpu-package . \
+	  -C build-dir=build/gpu -C cmake.define.QUARK_CUDA=ON -C cmake.define.QUARK_HIP=ON \
+	  $$(sed -n 's/^-D\(.*\)/-C cmake.define.\1/p' build/hip-arguments)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/device_code.py build/gpu build/gpu-code $(LINTED)
+	PYTHONPATH=build/gpu-package $(BIN)/python -P tests/no_device.py
 
 # ---- style -----------------------------------------------------------------------------------------------------------
 

@@ -13,19 +13,37 @@ import pytest
 import frontends
 import transforms
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 _MAKERS = {"core": frontends.Core, "torch": frontends.Torch, "jax": frontends.Jax}
 _made: dict[str, Any] = {}
+_device = "cpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the frontends' arrays are")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _device
+    _device = config.getoption("--device")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu" if _device == "cpu" else "cuda,cpu")
 
 
 def make(name: str) -> Any:
     if name != "core" and find_spec(name) is None:
         pytest.skip(f"{name} isn't installed")
+    if name == "core" and _device != "cpu":
+        pytest.skip("the core by itself is called with NumPy arrays, which are on the CPU")
     if name not in _made:
-        _made[name] = _MAKERS[name]()
+        _made[name] = _MAKERS[name]() if name == "core" else _MAKERS[name](_device)
     return _made[name]
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the frontends' arrays are."""
+    return _device
 
 
 @pytest.fixture(params=list(_MAKERS))

@@ -185,10 +185,10 @@ class Torch(Framework):
     name = "torch"
     layouts = ("rows", "transposed", "sliced", "broadcast")
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         import quark_torch
 
-        self.api = quark_torch
+        self.api, self.device = quark_torch, device
 
     def array(self, a: np.ndarray | None) -> Any:
         import torch
@@ -199,14 +199,24 @@ class Torch(Framework):
             return self.array(a[:1].copy()).expand(a.shape)
         # torch.from_numpy keeps strides, but knows neither ml_dtypes' dtypes nor read-only arrays.
         same_width = a.dtype if a.dtype.kind in "iu" and a.dtype.name in dir(torch) else np.dtype(f"i{a.itemsize}")
-        return torch.from_numpy(a.view(same_width)).view(self.dtype(a.dtype.name))
+        t = torch.from_numpy(a.view(same_width)).view(self.dtype(a.dtype.name))
+        return t if self.device == "cpu" else self._moved(t)
+
+    def _moved(self, t: Any) -> Any:
+        """The tensor on the device, with its strides."""
+        import torch
+
+        storage = torch.empty(t.untyped_storage().nbytes(), dtype=torch.uint8, device=self.device)
+        storage.copy_(torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()))
+        empty = torch.empty(0, dtype=t.dtype, device=self.device)
+        return empty.set_(storage.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
     def numpy(self, a: Any) -> np.ndarray:
         import torch
 
         dtype = numpy_dtype(str(a.dtype).removeprefix("torch."))
         a = a.detach().contiguous()
-        return a.view(getattr(torch, f"int{8 * a.element_size()}")).numpy().view(dtype)
+        return a.view(getattr(torch, f"int{8 * a.element_size()}")).cpu().numpy().view(dtype)
 
     def dtype(self, name: str) -> Any:
         import torch
@@ -248,10 +258,10 @@ class Jax(Framework):
     name = "jax"
     layouts = ("rows",)
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         import quark_jax
 
-        self.api = quark_jax
+        self.api, self.device = quark_jax, device
 
     def context(self, case: Case) -> Any:
         import jax
@@ -259,9 +269,12 @@ class Jax(Framework):
         return jax.enable_x64(True) if case.dtype == "float64" else nullcontext()
 
     def array(self, a: np.ndarray | None) -> Any:
+        import jax
         import jax.numpy as jnp
 
-        return None if a is None else jnp.asarray(a)
+        if a is None:
+            return None
+        return jnp.asarray(a) if self.device == "cpu" else jax.device_put(a, jax.local_devices(backend=self.device)[0])
 
     def numpy(self, a: Any) -> np.ndarray:
         return np.asarray(a)

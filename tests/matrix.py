@@ -57,9 +57,9 @@ class Case:
     def block(self) -> tuple[int, ...]:
         return block_of(self.spec, self.shape)
 
-    @cached_property
-    def random(self) -> np.random.Generator:
-        return np.random.default_rng(zlib.crc32(str(self).encode()))
+    def random(self, part: str) -> np.random.Generator:
+        """Of each part of a case its own, so that it doesn't matter which is made first."""
+        return np.random.default_rng(zlib.crc32(f"{self} {part}".encode()))
 
     @cached_property
     def x(self) -> np.ndarray:
@@ -68,13 +68,14 @@ class Case:
 
     def _plain(self) -> np.ndarray:
         """Values over many magnitudes, ties, and everything special (where the scale is given)."""
+        random = self.random("x")
         n = int(np.prod(self.shape))
-        x = self.random.standard_normal(n) * np.exp2(self.random.integers(-6, 3, n))
+        x = random.standard_normal(n) * np.exp2(random.integers(-6, 3, n))
         if n >= 64:
             x[: len(EDGES)] = EDGES if self.given else np.where(np.isfinite(EDGES), EDGES, 0.5)
             if not self.given:
                 x[np.abs(x) > 1e4] = 0.25
-            self.random.shuffle(x)
+            random.shuffle(x)
             if not self.given and self.spec.granularity != PerTensor():
                 x[n // 2], x[n // 3] = np.inf, np.nan  # each spoils its own group only
         with np.errstate(over="ignore", under="ignore"):
@@ -82,9 +83,10 @@ class Case:
 
     def _in_groups(self) -> np.ndarray:
         """Neighbours along the groups' axis are alike."""
+        random = self.random("x")
         axis = next((d for d, b in enumerate(self.block) if b > 1), -1)
         moved = np.moveaxis(np.empty(self.shape), axis, -1).shape if self.shape else ()
-        x = filled(self.data, self.random, math.prod(self.shape), numpy_dtype(self.dtype)).reshape(moved)
+        x = filled(self.data, random, math.prod(self.shape), numpy_dtype(self.dtype)).reshape(moved)
         return np.ascontiguousarray(np.moveaxis(x, -1, axis)) if self.shape else x
 
     def _laid_out(self, x: np.ndarray) -> np.ndarray:
@@ -110,13 +112,14 @@ class Case:
     @cached_property
     def scale(self) -> np.ndarray:
         """The scales, in normal form and as they are stored: given ones, or those that the oracle chooses."""
+        random = self.random("scale")
         if self.spec.scale_format != "float32":
             return self._block_scales["scale"]
         if not self.given:
             return self._chosen[0]
         shape = scale_shape(self.shape, self.block)
         top = reference.FORMATS[self.spec.format].hi if self.spec.quant_max is None else self.spec.quant_max
-        scale = np.asarray(self.random.uniform(0.5, 4.0, shape) / top, np.float32)
+        scale = np.asarray(random.uniform(0.5, 4.0, shape) / top, np.float32)
         if scale.size > 3:  # powers of two: exact ties; a subnormal; NaN
             scale.flat[1], scale.flat[2] = 2.0**-4, 1e-40
         if scale.size > 5:
@@ -126,13 +129,14 @@ class Case:
     @cached_property
     def zero(self) -> np.ndarray | None:
         """The zero points, likewise."""
+        random = self.random("zero")
         if self.spec.scale_format != "float32":
             return None
         if not self.given:
             return self._chosen[1]
         if self.zero_point is None:
             return None
-        return np.asarray(self.zero_point + self.random.integers(-2, 3, self.scale.shape), np.int32)
+        return np.asarray(self.zero_point + random.integers(-2, 3, self.scale.shape), np.int32)
 
     @cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -147,6 +151,7 @@ class Case:
     @cached_property
     def _block_scales(self) -> dict[str, np.ndarray]:
         """What a block format stores beside its codes."""
+        random = self.random("block_scales")
         spec, amax = self.spec, reference.group_amax(self.x32, self.block)
         match spec.scale_format:
             case "e8m0":
@@ -159,7 +164,7 @@ class Case:
                     codes = self._some(range(119, 130), (0, 254, 255)).astype(np.uint8)
                 return {"scale": codes.view(ml_dtypes.float8_e8m0fnu)}
             case "e4m3":
-                g = np.float32(self.random.uniform(0.001, 0.01)) if self.given else None
+                g = np.float32(random.uniform(0.001, 0.01)) if self.given else None
                 codes, g = reference.two_level(amax, spec.format, spec.quant_max, g)
                 return {"scale": codes.view(ml_dtypes.float8_e4m3fn), "global_scale": g}
             case "exponent":
@@ -172,10 +177,9 @@ class Case:
 
     def _some(self, usual: range, special: tuple[int, ...]) -> np.ndarray:
         """Scales, most of them usual."""
+        random = self.random("some")
         shape = scale_shape(self.shape, self.block)
-        return np.where(
-            self.random.random(shape) < 0.8, self.random.choice(usual, shape), self.random.choice(special, shape)
-        )
+        return np.where(random.random(shape) < 0.8, random.choice(usual, shape), random.choice(special, shape))
 
     @property
     def scale_argument(self) -> np.ndarray:
@@ -240,7 +244,8 @@ class Case:
     @cached_property
     def gradient(self) -> np.ndarray:
         """A gradient of the output."""
-        return self.random.standard_normal(self.shape).astype(numpy_dtype(self.dtype))
+        random = self.random("gradient")
+        return random.standard_normal(self.shape).astype(numpy_dtype(self.dtype))
 
 
 TIES = np.concatenate([np.arange(-40, 41) / 8.0, np.arange(-40, 41) / 32.0, [0.49999997, 2.4999998, 0.050000004]])
@@ -545,22 +550,23 @@ class DocumentedCase:
     def class_name(self) -> str:
         return CLASSES[self.function]
 
-    @cached_property
-    def random(self) -> np.random.Generator:
-        return np.random.default_rng(zlib.crc32(str(self).encode()))
+    def random(self, part: str) -> np.random.Generator:
+        """Of each part of a case its own, so that it doesn't matter which is made first."""
+        return np.random.default_rng(zlib.crc32(f"{self} {part}".encode()))
 
     # -- arguments
 
     @cached_property
     def inputs(self) -> np.ndarray:
+        random = self.random("inputs")
         n, dtype = math.prod(self.shape), numpy_dtype(self.dtype)
         with np.errstate(over="ignore", under="ignore"):
             if dtype.kind in "iu":
                 x = self._integers(n, dtype)
             elif self.dtype.startswith("float8"):
-                x = np.resize(self.random.permutation(256), n).astype(np.uint8).view(dtype)
+                x = np.resize(random.permutation(256), n).astype(np.uint8).view(dtype)
             elif self.function.startswith("non_scaled"):
-                x = wide(self.random, n, dtype)
+                x = wide(random, n, dtype)
             else:
                 x = self._numbers(n).astype(dtype)
                 if n >= 64 and self.dtype == "float32":
@@ -568,21 +574,23 @@ class DocumentedCase:
         return Case._laid_out(self, x.reshape(self.shape))  # type: ignore[arg-type]
 
     def _integers(self, n: int, dtype: np.dtype) -> np.ndarray:
+        random = self.random("integers")
         if self.quant_dtype in CODE_DTYPES:
-            return self.random.integers(0, 1 << FORMAT_BITS[self.quant_dtype], n).astype(dtype)
+            return random.integers(0, 1 << FORMAT_BITS[self.quant_dtype], n).astype(dtype)
         info = np.iinfo(dtype)
-        x = self.random.integers(-200, 200, n)
-        x[: n // 4] = self.random.integers(info.min, info.max, n // 4, endpoint=True, dtype=dtype).astype(np.int64)
+        x = random.integers(-200, 200, n)
+        x[: n // 4] = random.integers(info.min, info.max, n // 4, endpoint=True, dtype=dtype).astype(np.int64)
         return np.clip(x, info.min, info.max).astype(dtype)
 
     def _numbers(self, n: int) -> np.ndarray:
-        x = self.random.standard_normal(n) * np.exp2(self.random.integers(-6, 3, n))
+        random = self.random("numbers")
+        x = random.standard_normal(n) * np.exp2(random.integers(-6, 3, n))
         special = np.concatenate([EDGES, MORE_EDGES])
         if n >= 2 * len(special):
             x[: len(special)] = special
-            self.random.shuffle(x)
+            random.shuffle(x)
         elif n > 1:
-            x[: n // 2] = self.random.choice(special, n // 2)
+            x[: n // 2] = random.choice(special, n // 2)
         return x
 
     @property
@@ -612,15 +620,16 @@ class DocumentedCase:
     @cached_property
     def normal_scale(self) -> np.ndarray:
         """The scales, in normal form or one."""
+        random = self.random("normal_scale")
         n = math.prod(self._scales_shape)
         match self.scale:
             case "powers":
-                s = np.exp2(self.random.integers(-6, 2, n))
+                s = np.exp2(random.integers(-6, 2, n))
             case "special":
-                s = self.random.permutation(np.resize(SPECIAL_SCALES, n))
+                s = random.permutation(np.resize(SPECIAL_SCALES, n))
             case "random":
                 top = max(abs(b) for b in self.bounds) if self.quant_dtype in INTEGER_RANGES else 6.0
-                s = self.random.uniform(0.5, 4.0, n) / min(top, 1e4)
+                s = random.uniform(0.5, 4.0, n) / min(top, 1e4)
             case _:
                 s = np.full(n, self.scale, np.float64)
         with np.errstate(over="ignore", under="ignore"):
@@ -628,17 +637,16 @@ class DocumentedCase:
 
     @cached_property
     def normal_zero_point(self) -> Any:
+        random = self.random("normal_zero_point")
         match self.zero_point:
             case "integer":
-                dtype = self.random.choice(["int8", "int16", "int32"])
-                return self.random.integers(-3, 4, self._scales_shape).astype(dtype)
+                dtype = random.choice(["int8", "int16", "int32"])
+                return random.integers(-3, 4, self._scales_shape).astype(dtype)
             case "far":
-                return self.random.choice([-(2**23), -1000, -129, 300, 70000, 2**23], self._scales_shape).astype(
-                    np.int32
-                )
+                return random.choice([-(2**23), -1000, -129, 300, 70000, 2**23], self._scales_shape).astype(np.int32)
             case "float":
-                dtype = numpy_dtype(self.random.choice(["float32", "float16", "bfloat16"]))
-                return (self.random.integers(-20, 20, self._scales_shape) / self.random.choice([1, 4, 7])).astype(dtype)
+                dtype = numpy_dtype(random.choice(["float32", "float16", "bfloat16"]))
+                return (random.integers(-20, 20, self._scales_shape) / random.choice([1, 4, 7])).astype(dtype)
         return self.zero_point
 
     def _arranged(self, a: Any) -> Any:
@@ -721,9 +729,10 @@ class DocumentedCase:
 
     @cached_property
     def grad_output(self) -> np.ndarray | None:
+        random = self.random("grad_output")
         if self.out.dtype.kind in "iu" or (self.function == "dequantize" and self.inputs.dtype.kind in "iu"):
             return None
-        g = self.random.standard_normal(self.out.size)
+        g = random.standard_normal(self.out.size)
         if g.size >= 64 and "lsq" not in self.function and "tqt" not in self.function:
             g[:8] = 0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 1e30, 2.0**-24
         with np.errstate(over="ignore", under="ignore"):

@@ -11,7 +11,7 @@ namespace {
 
 bool always() { return true; }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QUARK_SIMT)
 bool has_v3() { return __builtin_cpu_supports("x86-64-v3"); }
 bool has_v4() { return __builtin_cpu_supports("x86-64-v4"); }
 #endif
@@ -21,7 +21,7 @@ constexpr CpuLevel kLevels[] = {
     {"simt", simulated::kernels, always},  // only where its name is asked for
 #endif
     {"baseline", baseline::kernels, always},
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QUARK_SIMT)
     {"v3", v3::kernels, has_v3},
     {"v4", v4::kernels, has_v4},
 #endif

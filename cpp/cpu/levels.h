@@ -6,7 +6,7 @@ namespace quark {
 namespace baseline {
 extern const Kernel kernels[kOpCount];
 }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(QUARK_SIMT)
 namespace v3 {
 extern const Kernel kernels[kOpCount];
 }

@@ -28,9 +28,10 @@ def _missing_gpu(name: str, state: str) -> str | None:
     if state.startswith("none"):
         return state
     try:
-        return _core.check_gpu(name)
+        _core.check_gpu(name)
     except RuntimeError as error:
         return str(error)
+    return None
 
 
 def info() -> dict[str, Any]:

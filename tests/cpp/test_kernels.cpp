@@ -911,14 +911,22 @@ void check_run(Case& c, const std::vector<Array>& want, const char* how, const R
   for (size_t i = 0; i < out.size(); ++i) check_same(out[i], want[i], "output " + std::to_string(i));
 }
 
+/// The levels to test: QUARK_TEST_LEVEL, or all that this machine supports.
+std::vector<quark::CpuLevel> levels() {
+  const char* only = std::getenv("QUARK_TEST_LEVEL");
+  std::vector<quark::CpuLevel> found;
+  for (const quark::CpuLevel& level : quark::cpu_levels())
+    if (level.is_supported() && (!only || std::string_view(only) == level.name)) found.push_back(level);
+  return found;
+}
+
 /// The call as users make it, and each level's kernel by itself.
 void check_case(Case& c, quark::Executor& executor, const char* name) {
   std::vector<Array> want = c.out;
   naive(c, want);
   check_run(c, want, name,
             [&](quark::Tensors in, quark::Tensors out) { return quark::run(c.op, in, out, c.spec, executor); });
-  for (const quark::CpuLevel& level : quark::cpu_levels()) {
-    if (!level.is_supported()) continue;
+  for (const quark::CpuLevel& level : levels()) {
     const check::Note note(level.name);
     check_run(c, want, name, [&](quark::Tensors in, quark::Tensors out) {
       return level.kernels[int(c.op)](in, out, c.spec, executor);
@@ -926,10 +934,16 @@ void check_case(Case& c, quark::Executor& executor, const char* name) {
   }
 }
 
+/// So many random calls of each operator: QUARK_TEST_CALLS, or 5000.
+int calls() {
+  const char* wanted = std::getenv("QUARK_TEST_CALLS");
+  return wanted ? std::atoi(wanted) : 5000;
+}
+
 void check_op(Op op) {
   Random random(100 + uint64_t(op));
   quark::SerialExecutor serial;
-  for (int i = 0; i < 5000; ++i) {
+  for (int i = 0; i < calls(); ++i) {
     Case c = random_case(random, op, i % 4 == 0 ? Size::tiles : Size::small);
     ShuffledExecutor shuffled(random.bits());
     if (i % 2) {
@@ -941,6 +955,7 @@ void check_op(Op op) {
 }
 
 TEST(levels) {
+  CHECK(!levels().empty());
   for (const quark::CpuLevel& level : quark::cpu_levels())
     std::printf("     %s: %s\n", level.name,
                 level.is_supported() ? "tested" : "not supported by this machine, skipped");
@@ -1387,8 +1402,7 @@ TEST(any_number_of_threads_gives_the_same_bits) {
       for (const int threads : {1, 2, 3, 8}) {
         quark::OpenMPExecutor openmp(threads);
         const std::string how = "OpenMP with " + std::to_string(threads) + " threads";
-        for (const quark::CpuLevel& level : quark::cpu_levels()) {
-          if (!level.is_supported()) continue;
+        for (const quark::CpuLevel& level : levels()) {
           const check::Note note(level.name);
           check_run(c, want, how.c_str(),
                     [&](quark::Tensors in, quark::Tensors out) { return level.kernels[op](in, out, c.spec, openmp); });

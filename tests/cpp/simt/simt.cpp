@@ -118,7 +118,7 @@ struct Fiber {
 #if defined(SIMT_UCONTEXT)
   ucontext_t registers;
 #else
-  void* top = nullptr;  ///< of the stack while another runs; the registers that a call must keep are there
+  void* top = nullptr;  ///< of the stack while another runs; the registers that a call keeps are there
 #endif
   const void* bottom = nullptr;  ///< and size of the stack
   size_t bytes = 0;
@@ -138,6 +138,7 @@ void prepare(Fiber& fiber, char* stack, void (*entry)()) {
 
 #else
 
+// The float environment stays, since it is the launch's and not a fiber's.
 extern "C" void quark_simt_swap(void** save, void* top);
 asm(R"(
 .text
@@ -380,8 +381,9 @@ void Machine::launch(int64_t blocks, int threads, void (*body)(const void*), con
   switcher_.start(host_);
 #if defined(SIMT_TSAN)
   host_.tsan = __tsan_get_current_fiber();
-  // Two threads on one fiber are one to TSan. With a prime number no two of neighbouring blocks are, nor two of the
-  // same number in any that are near; with too many fibers everything is slow.
+  // Two threads on one fiber are one to TSan. With a prime number of fibers no two of neighbouring blocks are, nor two
+  // of the same number in any that are near; too many make everything slow. (LLVM 14 and later, and GCC 13, have a TSan
+  // that tells only 255 threads apart, which we can't help.)
   ring_ = count_ <= 256 ? 1031 : 2053;
   next_in_ring_ = 0;
 #endif
