@@ -13,7 +13,7 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-peers test-cpp test-clang test-simt test-gpu-build lint format generated bench harden \
+.PHONY: demo test test-python test-peers test-cpp test-clang test-simt test-simt-races test-gpu-build lint format generated bench harden \
   clean
 
 demo: $(VENV)/.installed
@@ -77,10 +77,23 @@ test-clang: $(VENV)/.installed $(VENV)/.test-tools
 
 # On the machine of tests/cpp/simt: the C++ tests, then those of Python's that call every operator with every format.
 SIMT_TESTS ?= test_blocks.py test_learned.py test_choose.py test_stochastic.py test_forward.py test_gradients.py
+SIMT_ONLY ?= -k core
 
 test-simt: $(VENV)/.simt
 	$(MAKE) test-cpp PRESET=simt
-	QUARK_CPU_LEVEL=simt $(VENV)-simt/bin/python -m pytest -q $(PARALLEL) $(addprefix tests/,$(SIMT_TESTS)) -k "core"
+	QUARK_CPU_LEVEL=simt $(VENV)-simt/bin/python -m pytest -q $(PARALLEL) $(addprefix tests/,$(SIMT_TESTS)) $(SIMT_ONLY)
+
+# Every GPU thread is a thread to the sanitizer; calls that the CPU computes with OpenMP's are left out.
+SIMT_CALLS ?= 40
+
+test-simt-races: $(VENV)/.test-tools
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset simt-tsan
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset simt-tsan --target test_simt test_kernels
+	build/simt-tsan/tests/cpp/test_simt
+	for test in quantize backward extremes pack; do \
+	  QUARK_CPU_LEVEL=simt QUARK_TEST_LEVEL=simt QUARK_TEST_CALLS=$(SIMT_CALLS) \
+	    build/simt-tsan/tests/cpp/test_kernels $$test || exit 1; \
+	done
 
 # The module with these kernels, beside the packages of the other environment.
 $(VENV)/.simt: $(VENV)/.installed $(VENV)/.test-tools
@@ -136,10 +149,17 @@ bench: $(VENV)/.installed
 	$(PIP) matplotlib
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
-# One wheel under every supported jaxlib, and the C++ tests under sanitizers.
+# One wheel under every supported jaxlib, the C++ tests under sanitizers, and the GPU's kernels: all Python tests of the
+# operators on the simulated one, under sanitizers, with planted bugs, and the code for every device.
 harden: $(VENV)/.installed
 	$(MAKE) test-cpp PRESET=asan
 	scripts/jaxlib_matrix.sh
+	$(MAKE) test-simt SIMT_TESTS="$(SIMT_TESTS) test_conformance.py test_documented.py test_parity.py test_errors.py" SIMT_ONLY=
+	QUARK_TEST_LEVEL=simt build/simt/tests/cpp/test_kernels
+	$(MAKE) test-cpp PRESET=simt-asan
+	$(MAKE) test-simt-races SIMT_CALLS=1000
+	$(BIN)/python scripts/mutate_gpu.py
+	$(MAKE) test-gpu-build LINTED=
 
 clean:
 	rm -rf build $(VENV) .venv-*

@@ -20,6 +20,7 @@ import re
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 import report
 from bench import FEWEST_ROUNDS, LONGEST, QUICK_ROUNDS, ROUNDS, Job, measure, quartiles
-from cases import ALONG, BLOCKS, COLUMNS, FEW, GIB, JITTED, KIB, MIB, PEERS, TORCH_OWN
+from cases import ALONG, BLOCKS, COLUMNS, FEW, GIB, JITTED, MIB, PEERS, TORCH_OWN
 from contenders import Call, Contest, compiled, torch_dtype, torchao_call
 from plain import EXPRESSIONS, Torch
 from quark_kernels import PRESETS, QuantSpec, info, schema
@@ -178,7 +179,8 @@ def data_bytes(elements: int, dtype: str) -> int:
 
 def item_size(dtype: str) -> int:
     """Return the bytes of an element."""
-    return int(torch_dtype(dtype).itemsize)
+    size: int = torch_dtype(dtype).itemsize
+    return size
 
 
 def limit_of(case: Case, elements: int, dtype: str) -> float:
@@ -347,7 +349,7 @@ def arguments(case: Case, t: Operands) -> tuple[Any, ...]:
     _, spec = schema.plan(case.spec, tuple(t.x.shape))
     normal = spec.scale_shape(tuple(t.x.shape))
     grouped = tuple(data.shape) if case.along == LAST_AXIS else (*normal, -1)
-    scale = None
+    scale: Any = None
     if not case.dynamic:
         scale = t.q.scale.float() * (1 if t.q.global_scale is None else t.q.global_scale)
         scale = scale.reshape(normal if case.along == LAST_AXIS else (*normal, 1))
@@ -415,7 +417,8 @@ class Gpu:
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / launches
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3 / launches
 
     def captured(self, call: Call, count: int) -> Call:
         """Return a call that replays a graph of so many calls: none of the host's time is left."""
@@ -456,12 +459,6 @@ class Gpu:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def free_memory(self) -> int:
-        """Return the bytes that are free."""
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
-
     def described(self) -> dict[str, Any]:
         """Return what the device is, and whose software runs it."""
         import torch
@@ -490,11 +487,12 @@ def driver(root: Path = Path("/")) -> str:
 
 
 def in_turn(calls: Sequence[Call]) -> Call:
-    """Return a call that is the first, then the second, and so on, and then the first again."""
-    if len(calls) == 1:
-        return calls[0]
-    turns = cycle(calls)
-    return lambda: next(turns)()
+    """Return a call that is the first, then the second, and so on, and then the first again.
+
+    Results are kept until their turn comes again: else all would be in the same memory.
+    """
+    turns, kept = cycle(calls), deque[Any](maxlen=len(calls) - 1)
+    return lambda: kept.append(next(turns)())
 
 
 def copy_of(size: int, device: str) -> Call:
@@ -527,6 +525,10 @@ def rounded(times: dict[str, list[float]], count: int = 1) -> dict[str, list[flo
     return {who: [float(f"{t / count:.4g}") for t in found] for who, found in quartiles(times).items()}
 
 
+Failed = dict[tuple[str, str], list[str]]
+"""Contenders and why they aren't there, with what they aren't there for."""
+
+
 class Task(NamedTuple):
     """A case to be timed."""
 
@@ -540,32 +542,28 @@ class Task(NamedTuple):
         return f"{self.case}, {self.dtype}, {self.size} MiB"
 
 
-def measure_case(task: Task, gpu: Gpu, rounds: int) -> tuple[Row, list[str]]:
-    """Return a row, and why some contenders aren't in it. Raises MemoryError where the device hasn't enough."""
+def measure_case(task: Task, gpu: Gpu, rounds: int, failed: Failed) -> Row:
+    """Return a row. Why a contender isn't in it is added to what failed."""
     case, dtype = task.case, task.dtype
     elements = task.size * MIB // item_size(dtype)
     size = moved(case, elements, dtype)
     sets = sets_of(size, gpu.footprint)
-    needed = 3 * sets * size  # with the copy's arrays, and results
-    if gpu.free_memory() < needed:
-        raise MemoryError(f"it needs {needed / GIB:.1f} GiB, more than the GPU has free")
     shape = shape_of(case, elements)
     tensors = [operands(case, numbers(shape, dtype, gpu.device, seed)) for seed in range(sets)]
     calls = {
         "quark": in_turn([ours(case, t) for t in tensors]),
         "copy": in_turn([copy_of(size, gpu.device) for _ in range(sets)]),
     }
-    left_out = []
     for name in task.against:
         try:
             make = contender(name, case, gpu.device)
             theirs = [make(t) for t in tensors]
             check(case, name, tensors[0], theirs[0]())
         except Exception as error:
-            left_out.append(f"{name} for {task}: {reason(error)}")
+            failed.setdefault((name, reason(error)), []).append(str(task))
         else:
             calls[name] = in_turn(theirs)
-    row = {
+    return {
         "kind": "case",
         "name": str(case),
         "dtype": dtype,
@@ -575,7 +573,6 @@ def measure_case(task: Task, gpu: Gpu, rounds: int) -> tuple[Row, list[str]]:
         "limit": round(limit_of(case, elements, dtype), 4),
         "seconds": rounded(interleaved(gpu, calls, rounds)),
     }
-    return row, left_out
 
 
 def measure_call(case: Case, gpu: Gpu, rounds: int) -> Row:
@@ -607,18 +604,18 @@ def why_no_jax() -> str | None:
     """Return why JAX isn't measured."""
     if not find_spec("jax"):
         return "not installed"
-    import jax
-
     try:
-        jax.devices("gpu")
+        import jax
+
         import quark_jax  # noqa: F401
+
+        return "it has no GPU" if jax.default_backend() == "cpu" else None
     except (RuntimeError, ImportError) as error:
         return reason(error)
-    return None
 
 
 def jax_jobs(size: int, rounds: int) -> list[Job]:
-    """Return quark_jax under jit against jnp under jit, as bench.py has them; by the host's clock, each call waited for."""
+    """Return quark_jax under jit against jnp under jit, as bench.py has them: by the host's clock, which waits."""
     elements = size * MIB // item_size("float32")
     return [Job(case, elements, 1, rounds, (JITTED.peer,)) for case in PEERS if case.framework == "jax"]
 
@@ -633,56 +630,55 @@ def plan(sizes: Sequence[int], *, quick: bool) -> list[Task]:
     ]
 
 
-def measured(sizes: Sequence[int], gpu: Gpu, *, quick: bool, elements: int = CHECKED) -> Run:
+def measure_all(run: Run, sizes: Sequence[int], gpu: Gpu, *, quick: bool, elements: int = CHECKED) -> None:
     """Check the bits of every case, then measure those that are right, with a progress bar on stderr."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    everything = list(dict.fromkeys((case, dtype) for dtype in DTYPES for case in CASES))
-    everything += [(case, "float32") for case in FEW_CASES if (case, "float32") not in everything]
-    tasks, left_out = plan(sizes, quick=quick), []
+    checked: dict[tuple[Case, str, int], str | None] = dict.fromkeys(
+        [
+            *((case, dtype, elements) for dtype in DTYPES for case in CASES),
+            *((case, "float32", FEW) for case in FEW_CASES),
+        ]
+    )
+    tasks = plan(sizes, quick=quick)
+    failed: Failed = {}
     no_jax = why_no_jax()
     jobs = [] if no_jax else jax_jobs(sizes[0], rounds)
-    wrong: dict[tuple[Case, str], str] = {}
-    rows: list[Row] = []
-    with tqdm(total=len(everything) + len(tasks) + len(FEW_CASES) + len(jobs), unit="row") as bar:
+    run["left_out"] += [f"jax: {no_jax}"] if no_jax else []
+    run["left_out"] += ["torch.compile, all but one size: only without --quick"] if quick else []
+    with tqdm(total=len(checked) + len(tasks) + len(FEW_CASES) + len(jobs), unit="row") as bar:
 
-        def step(what: object) -> None:
-            bar.update()
-            bar.set_description(str(what))
-
-        for case, dtype in everything:
-            if why := why_wrong(case, dtype, gpu.device, elements):
-                wrong[case, dtype] = why
-            step(f"bits of {case}, {dtype}")
-        for task in tasks:
-            if (task.case, task.dtype) not in wrong:
-                try:
-                    row, reasons = measure_case(task, gpu, rounds)
-                    rows.append(row)
-                    left_out += reasons
-                except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
-                    left_out.append(f"{task}: {reason(error)}")
-                gpu.clear()
-            step(task)
-        for case in FEW_CASES:
-            if (case, "float32") not in wrong:
-                rows.append(measure_call(case, gpu, rounds))
-            step(f"{case}, {FEW} elements")
-        gpu.clear()
-        for job in jobs:
+        def attempt(name: str, measure_it: Callable[[], Row]) -> None:
+            bar.set_description(name)
             try:
-                rows.append(measure(job))
+                run["rows"].append(measure_it())
             except Exception as error:
-                left_out.append(f"jax {job.case}: {reason(error)}")
-            gc.collect()
-            step(f"jax: {job.case}")
-    left_out += [f"jax: {no_jax}"] if no_jax else []
-    left_out += ["torch.compile, all but one size: only without --quick"] if quick else []
-    return {
-        "machine": machine(gpu),
-        "left_out": left_out,
-        "wrong": [f"{case}, {dtype}: {why}" for (case, dtype), why in wrong.items()],
-        "rows": rows,
-    }
+                run["left_out"].append(f"{name}: {reason(error)}")
+            gpu.clear()
+            bar.update()
+
+        for case, dtype, few in checked:
+            bar.set_description(f"bits of {case}, {dtype}")
+            checked[case, dtype, few] = why_wrong(case, dtype, gpu.device, few)
+            bar.update()
+        run["wrong"] += [
+            f"{case}, {dtype}, {few} elements: {why}" for (case, dtype, few), why in checked.items() if why
+        ]
+        right = [task for task in tasks if not checked[task.case, task.dtype, elements]]
+        right_few = [case for case in FEW_CASES if not checked[case, "float32", FEW]]
+        bar.total -= len(tasks) - len(right) + len(FEW_CASES) - len(right_few)
+        for task in right:
+            attempt(str(task), partial(measure_case, task, gpu, rounds, failed))
+        for case in right_few:
+            attempt(f"{case}, {FEW} elements", partial(measure_call, case, gpu, rounds))
+        for job in jobs:
+            attempt(f"jax: {job.case}", partial(measure, job))
+    run["left_out"] += lines_of(failed)
+
+
+def lines_of(failed: Failed) -> list[str]:
+    """Return a line for every reason."""
+    more = {which: f", and {len(found) - 1} more" if len(found) > 1 else "" for which, found in failed.items()}
+    return [f"{name}: {why} ({failed[name, why][0]}{more[name, why]})" for name, why in failed]
 
 
 def machine(gpu: Gpu) -> dict[str, Any]:
@@ -695,19 +691,19 @@ def machine(gpu: Gpu) -> dict[str, Any]:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 HOW = (
-    "Shares are of the GB/s of torch's `copy_` of as many bytes on the device, in the same run. Each byte of every input "
-    "and output counts once, also where x must be read twice, because the scale of the whole tensor comes first. Sizes "
-    "are those of x. Figures are medians; bold is less than the target. Before a case is timed, its bits are compared "
-    "with the CPU's."
+    "Shares are of the GB/s of torch's `copy_` of as many bytes on the device, in the same run. Each byte of every "
+    "input and output counts once, also where x must be read twice, because a scale of the whole tensor comes first. "
+    "Sizes are those of x. Figures are medians of GPU events around several calls; bold is less than the target. Calls "
+    "on few elements are timed in a graph, and once more by the host, which doesn't wait for them. Before a case is "
+    "timed, its bits are compared with the CPU's."
 )
 
 
 def section(run: Run) -> str:
-    """Return what docs/performance.md takes from a run."""
-    judged = [is_met(r) for r in run["rows"] if r.get("target") is not None and r["kind"] in ("case", "call")]
+    """Return what stands under the heading GPU of docs/performance.md."""
+    judged = [met for kind in ("case", "call") for r in report.of_kind(run, kind) if (met := is_met(r)) is not None]
     listed = {**run, "left_out": [*(f"**wrong, and not timed**: {what}" for what in run["wrong"]), *run["left_out"]]}
     parts = [
-        "## GPU",
         "From `python benchmarks/bench_gpu.py --docs`. " + HOW,
         report.described(listed, f"{sum(judged)} of {len(judged)} targets were met."),
         "### On a GPU against a copy",
@@ -726,7 +722,7 @@ def is_met(r: Row) -> bool | None:
     """Return whether a row meets its target; None where it has none."""
     if r["target"] is None:
         return None
-    return beyond_empty(r) <= r["target"] if r["kind"] == "call" else report.of_copy(r) >= r["target"]
+    return bool(beyond_empty(r) <= r["target"] if r["kind"] == "call" else report.of_copy(r) >= r["target"])
 
 
 def beyond_empty(r: Row) -> float:
@@ -865,10 +861,14 @@ def main(words: Sequence[str] | None = None) -> int:
         except ValueError as error:
             sys.exit(f"{DOCUMENT}: {error}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # XLA would take most of the memory
-    run = measured(options.sizes, Gpu(), quick=options.quick)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(report.as_json(run))
+    gpu = Gpu()
+    run: Run = {"machine": machine(gpu), "left_out": [], "wrong": [], "rows": []}
+    try:
+        measure_all(run, options.sizes, gpu, quick=options.quick)
+    finally:  # what has been measured is written whatever comes after
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(report.as_json(run))
     print(section(run))
     if options.docs:
         write_docs(run)

@@ -198,8 +198,8 @@ def test_two_streams_and_two_threads(torch: Any) -> None:
 
 def test_torch_compile(torch: Any) -> None:
     x = torch.randn(256, 256, device="cuda")
-    compiled = torch.compile(lambda v: quark().fake_quantize(v * 2, PRESETS["mxfp8"]), fullgraph=True)
-    assert same(compiled(x), quark().fake_quantize((x * 2).cpu(), PRESETS["mxfp8"]))
+    compiled = torch.compile(lambda v: quark().fake_quantize(v * 2, PRESETS["mxfp8_e4m3"]), fullgraph=True)
+    assert same(compiled(x), quark().fake_quantize((x * 2).cpu(), PRESETS["mxfp8_e4m3"]))
 
 
 def test_several_devices(torch: Any) -> None:

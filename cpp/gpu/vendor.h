@@ -3,6 +3,8 @@
 // Kernels take one struct of arguments, by value, and blocks and threads have one dimension.
 #pragma once
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -82,14 +84,24 @@ QUARK_DEVICE void atomic_add(uint64_t* to, uint64_t value) {
 
 #endif
 
+#if defined(QUARK_SIMT)
+/// Ends the process as a GPU would end the kernel.
+inline void check_alignment(const void* address, uintptr_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  std::fprintf(stderr, "SIMT error: words at an address that isn't aligned to %d bytes\n", int(bytes));
+  std::_Exit(simt::kErrorStatus);
+}
+#endif
+
 /// A struct of words, as many as possible with one instruction. Memory is aligned to it, up to 16 bytes.
 template <class Words>
 QUARK_DEVICE Words load_words(const void* from) {
+  constexpr int kCount = sizeof(Words) / 4, kPart = kCount < 4 ? kCount : 4;
   Words words;
 #if defined(QUARK_SIMT)
+  check_alignment(from, 4 * kPart);
   std::memcpy(&words, from, sizeof(words));
 #else
-  constexpr int kCount = sizeof(Words) / 4, kPart = kCount < 4 ? kCount : 4;
   struct alignas(4 * kPart) Part {
     uint32_t word[kPart];
   };
@@ -102,10 +114,11 @@ QUARK_DEVICE Words load_words(const void* from) {
 }
 template <class Words>
 QUARK_DEVICE void store_words(void* to, const Words& words) {
+  constexpr int kCount = sizeof(Words) / 4, kPart = kCount < 4 ? kCount : 4;
 #if defined(QUARK_SIMT)
+  check_alignment(to, 4 * kPart);
   std::memcpy(to, &words, sizeof(words));
 #else
-  constexpr int kCount = sizeof(Words) / 4, kPart = kCount < 4 ? kCount : 4;
   struct alignas(4 * kPart) Part {
     uint32_t word[kPart];
   };
