@@ -240,7 +240,7 @@ struct ScaleRuler {
         e4m3(e4m3_grid()),
         tensor_scale(tensor_scale_view ? static_cast<const float*>(tensor_scale_view->data) : nullptr) {}
 
-  QUARK_DEVICE_CALL ScaleAndZero operator()(Extremes e) const {
+  QUARK_DEVICE ScaleAndZero operator()(Extremes e) const {
     const float t = tensor_scale ? *tensor_scale : 1.0f;
     return with_scale_kind(kind, [&]<ScaleKind k>() -> ScaleAndZero { return scale_of<k>(e, t, grid, e4m3); });
   }

@@ -35,54 +35,52 @@ struct CopyBody {
   }
 };
 
-/// out = Body(x, other, s, z) of `count` neighbours from `first` on, which share bytes where codes are packed.
-/// `chosen`: their scale, or null: what the arrays have.
-template <class Body>
-QUARK_DEVICE_CALL void compute(const ElementArguments& a, int64_t first, int count, const ScaleAndZero* chosen) {
-  Grid g = a.grid;
-  if (a.learned) g.lo = a.learned->lo, g.hi = a.learned->hi;
-  const RandomWordsOf random(a.random, a.paths);
-  float y[kPack];
-  for (int k = 0; k < count; ++k) {
-    const int64_t i = first + k;
-    const float x = a.x.load(a.paths, i);
-    if constexpr (std::is_same_v<Body, CopyBody>) {
-      y[k] = x;
-    } else {
-      const float other = a.other.data ? a.other.load(a.paths, i) : x;
-      const float s = chosen ? chosen->scale : a.scales.scale_at(a.paths, i);
-      const float z = chosen ? float(chosen->zero_point) : a.scales.zero_at(a.paths, i);
-      const uint32_t word = random.at(a.paths, i);
-      y[k] = with_order<Body>(a.order, [&]<Arithmetic A, Rounding R>() -> float {
-        return Body::template apply<A, R>(x, other, s, z, a.limit, word, g);
-      });
-    }
-  }
-  if (a.out.form.is_packed) return a.out.store_packed(a.paths, first, count, y);
-  for (int k = 0; k < count; ++k) a.out.store(a.paths, first + k, y[k]);
-}
-
 /// Elements that a thread takes.
 inline constexpr int kPerThread = int(kPack);
 
-/// A thread takes neighbours where they share bytes, else elements that are a block apart, so that threads side by side
-/// are at neighbours.
+/// out = Body(x, other, s, z). A thread takes neighbours where they share bytes, else elements that are a block apart,
+/// so that threads side by side are at neighbours.
 template <class Body>
 QUARK_KERNEL(kThreads)
 each_element(QUARK_ARGUMENT const ElementArguments a) {
-  if (a.out.form.is_packed) {
+  const bool is_packed = a.out.form.is_packed;
+  int64_t first = a.first + block() * kPerThread * kThreads + thread(), step = kThreads;
+  int64_t count = min(int64_t(kPerThread), (a.elements - first + kThreads - 1) / kThreads);
+  if (is_packed) {
     const int64_t pack = block() * kThreads + thread();
     // A row whose bytes end in padding bits is by itself.
     const int64_t row = a.out.form.row * a.out.form.bits % 8 == 0 ? a.elements : a.out.form.row;
     const int64_t packs = (row + kPack - 1) / kPack, in_row = divide(pack, packs);
-    const int64_t begin = a.first + (pack - in_row * packs) * kPack, first = in_row * row + begin;
-    if (first < a.elements) compute<Body>(a, first, int(min(kPack, row - begin)), nullptr);
-  } else {
-    for (int k = 0; k < kPerThread; ++k) {
-      const int64_t i = a.first + (block() * kPerThread + k) * kThreads + thread();
-      if (i < a.elements) compute<Body>(a, i, 1, nullptr);
+    const int64_t begin = a.first + (pack - in_row * packs) * kPack;
+    first = in_row * row + begin;
+    step = 1;
+    count = min(kPack, row - begin);
+  }
+  if (first >= a.elements) return;
+  Grid g = a.grid;
+  if (a.learned) g.lo = a.learned->lo, g.hi = a.learned->hi;
+  const RandomWordsOf random(a.random, a.paths);
+  float packed[kPack];
+  QUARK_NO_UNROLL
+  for (int k = 0; k < count; ++k) {
+    const int64_t i = first + k * step;
+    const float x = a.x.load(a.paths, i);
+    float y = x;
+    if constexpr (!std::is_same_v<Body, CopyBody>) {
+      const float other = a.other.data ? a.other.load(a.paths, i) : x;
+      const float s = a.scales.scale_at(a.paths, i), z = a.scales.zero_at(a.paths, i);
+      const uint32_t word = random.at(a.paths, i);
+      y = with_order<Body>(a.order, [&]<Arithmetic A, Rounding R>() -> float {
+        return Body::template apply<A, R>(x, other, s, z, a.limit, word, g);
+      });
+    }
+    if (is_packed) {
+      packed[k] = y;
+    } else {
+      a.out.store(a.paths, i, y);
     }
   }
+  if (is_packed) a.out.store_packed(a.paths, first, int(count), packed);
 }
 
 /// How many threads each_element takes.

@@ -141,11 +141,13 @@ class Vectors {
     });
   }
 
-  /// What becomes of a vector whose elements have one scale: `chosen` just now, or null, one of the arrays'.
-  QUARK_DEVICE void apply(int64_t i, const float* x, float s, float z, const ScaleAndZero* chosen) const {
+  /// What becomes of a vector whose elements have one scale.
+  QUARK_DEVICE void apply(int64_t i, const float* x, float s, float z) const {
     float largest = a_.largest;
     if constexpr (!Body::kReadsCodes) largest = magnitude(g_.lo) > g_.hi ? magnitude(g_.lo) : g_.hi;
-    if (!is_ordinary(s, z, largest, a_.each.limit)) return one_by_one(i, chosen);
+    if (!is_ordinary(s, z, largest, a_.each.limit)) {
+      return one_by_one(i, x, [=](int) { return Scale{s, z}; });
+    }
     const OrdinaryScale k = ordinary_scale<R>(s, z, g_);
     uint32_t words[kVector] = {};
     if constexpr (R == Rounding::stochastic) {
@@ -158,8 +160,7 @@ class Vectors {
     if constexpr (Body::kWritesCodes) {
       Raw<2> codes{};
       for (int j = 0; j < kVector; ++j) codes.word[j / 4] |= (code_of(result(j), g_) & 0xffu) << (j % 4 * 8);
-      auto* to = static_cast<uint8_t*>(a_.out) + i * a_.bits / 8;
-      a_.bits == 8 ? store_words(to, codes) : store_words(to, squeeze(codes));
+      store_codes(i, codes);
     } else {
       float y[kVector];
       for (int j = 0; j < kVector; ++j) y[j] = result(j);
@@ -169,13 +170,58 @@ class Vectors {
     }
   }
 
-  /// The same by the general steps, with `chosen` or the arrays' scales.
-  QUARK_DEVICE void one_by_one(int64_t i, const ScaleAndZero* chosen) const {
-    if (a_.each.out.form.is_packed) return compute<typename Body::General>(a_.each, i, kVector, chosen);
-    for (int j = 0; j < kVector; ++j) compute<typename Body::General>(a_.each, i + j, 1, chosen);
+  /// The same by the general steps, each element with its own scale.
+  QUARK_DEVICE void apply(int64_t i, const float* x) const {
+    one_by_one(i, x, [&](int j) {
+      return Scale{a_.each.scales.scale_at(a_.each.paths, i + j), a_.each.scales.zero_at(a_.each.paths, i + j)};
+    });
   }
 
  private:
+  struct Scale {
+    float s, z;
+  };
+
+  /// By the general steps: `scale(j)` is that of element i + j. A loop, as it is seldom needed.
+  template <class Of>
+  QUARK_DEVICE void one_by_one(int64_t i, const float* x, const Of& scale) const {
+    float own[kVector];  // in memory; x stays in registers
+    for (int j = 0; j < kVector; ++j) own[j] = x[j];
+    uint64_t codes = 0;
+    QUARK_NO_UNROLL
+    for (int j = 0; j < kVector; ++j) {
+      const Scale k = scale(j);
+      const float y = general(own[j], random_word(i + j), k.s, k.z);
+      if constexpr (Body::kWritesCodes) {
+        const uint32_t code = kIsFixed ? uint32_t(int32_t(y * (1.0f / a_.each.out.form.step))) : code_of(y, g_);
+        codes |= uint64_t(code & 0xffu) << (8 * j);
+      } else {
+        narrow(y, static_cast<T*>(a_.out)[i + j]);
+      }
+    }
+    if constexpr (Body::kWritesCodes) store_codes(i, {{uint32_t(codes), uint32_t(codes >> 32)}});
+  }
+
+  QUARK_DEVICE float general(float x, uint32_t word, float s, float z) const {
+    const auto by = [&]<Arithmetic A>() -> float {
+      return Body::General::template apply<A, R>(x, x, s, z, a_.each.limit, word, g_);
+    };
+    const Arithmetic arithmetic = a_.each.order.arithmetic;
+    if (arithmetic == Arithmetic::integer) return by.template operator()<Arithmetic::integer>();
+    if (arithmetic == Arithmetic::affine) return by.template operator()<Arithmetic::affine>();
+    return by.template operator()<Arithmetic::minifloat>();
+  }
+
+  QUARK_DEVICE uint32_t random_word(int64_t i) const {
+    if constexpr (R == Rounding::stochastic) return philox(uint64_t(i) / 4, key_).word[i % 4];
+    return 0;
+  }
+
+  QUARK_DEVICE void store_codes(int64_t i, const Raw<2>& codes) const {
+    auto* to = static_cast<uint8_t*>(a_.out) + i * a_.bits / 8;
+    a_.bits == 8 ? store_words(to, codes) : store_words(to, squeeze(codes));
+  }
+
   const VectorArguments& a_;
   Grid g_;
   uint64_t key_ = 0;
@@ -205,11 +251,11 @@ each_vector(QUARK_ARGUMENT const VectorArguments a) {
         e = max(e, Extremes{shuffle_xor(e.low, mask, a.lanes), shuffle_xor(e.high, mask, a.lanes)});
       const ScaleAndZero r = a.scale_of(e);
       if (thread() % a.lanes == 0) a.writer.store(divide(i, int64_t(a.lanes) * kVector), r);
-      vectors.apply(i, x[k], r.scale, float(r.zero_point), &r);
+      vectors.apply(i, x[k], r.scale, float(r.zero_point));
     } else if (a.has_own_scales) {
-      vectors.one_by_one(i, nullptr);
+      vectors.apply(i, x[k]);
     } else {
-      vectors.apply(i, x[k], a.each.scales.scale_at(a.each.paths, i), a.each.scales.zero_at(a.each.paths, i), nullptr);
+      vectors.apply(i, x[k], a.each.scales.scale_at(a.each.paths, i), a.each.scales.zero_at(a.each.paths, i));
     }
   }
 }
@@ -237,7 +283,7 @@ each_row(QUARK_ARGUMENT const VectorArguments a) {
   if (thread() == 0) a.writer.store(block(), r);
   for (int64_t i = begin + thread() * kVector; i < end; i += kThreads * kVector) {
     vectors.load(i, x);
-    vectors.apply(i, x, r.scale, float(r.zero_point), &r);
+    vectors.apply(i, x, r.scale, float(r.zero_point));
   }
 }
 

@@ -23,18 +23,18 @@
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
-// A kernel of at most so many threads a block, its argument, a function of kernels (inlined, or called where it is
-// seldom needed), and memory that a block shares.
+// A kernel of at most so many threads a block, its argument, a function of kernels, memory that a block shares, and a
+// loop that stays one. (nvcc compiles a function that isn't inlined once more for every kernel that calls it.)
 #if defined(QUARK_SIMT)
 #define QUARK_KERNEL(threads) void
 #define QUARK_ARGUMENT
 #define QUARK_DEVICE inline
-#define QUARK_DEVICE_CALL inline
+#define QUARK_NO_UNROLL
 #define QUARK_SHARED(T, name, n) T* name = static_cast<T*>(simt::shared(sizeof(T) * (n)))
 #else
 #define QUARK_KERNEL(threads) __global__ void __launch_bounds__(threads)
 #define QUARK_DEVICE __device__ inline __attribute__((always_inline))
-#define QUARK_DEVICE_CALL __device__ __attribute__((noinline))
+#define QUARK_NO_UNROLL _Pragma("unroll 1")
 #define QUARK_SHARED(T, name, n) __shared__ T name[n]
 #if defined(__HIP__)
 #define QUARK_ARGUMENT
