@@ -32,12 +32,11 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-ELEMENTS = ("quantize", "pack")
-SCALES = ("choose_qparams", "extremes", "groups_of_one_row")
-SUMS = ("backward", "sums", "long_groups")
+ELEMENTS = ("vectors", "quantize", "pack")
+SCALES = ("extremes", "choose_qparams", "groups_of_one_row")
+SUMS = ("vectors", "backward", "sums", "long_groups")
 MUTANTS = [
     Mutant("arrays.h", "if (path.has_blocks) index = divide(index, axis[2]);", "", ELEMENTS),
-    Mutant("arrays.h", "if ((uint64_t(a | b) >> 32) == 0)", "if (true)", ("any_number", "long_groups", *ELEMENTS)),
     Mutant("arrays.h", "if (shift + bits > 8)", "if (shift + bits > 9)", ELEMENTS),
     Mutant("arrays.h", "form.is_signed ? 1u << (bits - 1) : 0u", "form.is_signed ? 1u << bits : 0u", ELEMENTS),
     Mutant("arrays.h", "* form.bits + 7) / 8; ++i)", "* form.bits) / 8; ++i)", ELEMENTS),
@@ -57,10 +56,15 @@ MUTANTS = [
     Mutant("groups.h", "int64_t(a.less[index]) < wanted", "int64_t(a.less[index]) <= wanted", SCALES),
     Mutant("groups.h", "a.less[index] = a.lesser[index] = 0;", "", SCALES),
     Mutant("groups.h", "a.sums[i] >= a.least[i]", "a.sums[i] < a.least[i]", SCALES),
-    Mutant("vectors.h", "int mask = a.lanes / 2; mask > 0", "int mask = a.lanes / 4; mask > 0", ("groups", "quantize")),
-    Mutant("vectors.h", "thread() % a.lanes == 0", "thread() % a.lanes == 1", ("groups", "quantize")),
-    Mutant("vectors.h", "  barrier();\n", "", ("groups", "quantize")),
-    Mutant("vectors.h", "i < end; i += kThreads * kVector", "i < end - kVector; i += kThreads * kVector", ("groups",)),
+    Mutant("vectors.h", "int mask = a.lanes / 2; mask > 0", "int mask = a.lanes / 4; mask > 0", ("vectors", "groups")),
+    Mutant("vectors.h", "thread() % a.lanes == 0", "thread() % a.lanes == 1", ("vectors", "groups")),
+    Mutant("vectors.h", "  barrier();\n", "", ("vectors", "groups")),
+    Mutant(
+        "vectors.h",
+        "i < end; i += kThreads * kVector",
+        "i < end - kVector; i += kThreads * kVector",
+        ("vectors", "groups"),
+    ),
     Mutant("vectors.h", "if (!is_ordinary(s, z, largest, a_.each.limit))", "if (false)", ELEMENTS),
     Mutant("vectors.h", "(w | w >> 4) & 0x00ff00ffu", "(w | w >> 8) & 0x00ff00ffu", ELEMENTS),
     Mutant("vectors.h", "philox(uint64_t(i + j) / 4, key_)", "philox(uint64_t(i) / 4, key_)", ELEMENTS),

@@ -19,30 +19,32 @@ inline int64_t product(const Shape& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<>());
 }
 
-enum class Layout { contiguous, strided, broadcast };
+enum class Layout { aligned, contiguous, strided, broadcast };
 
 class Array {
  public:
-  /// Random bytes. `strided`: permuted, sliced and reversed axes; `broadcast`: also axes of stride zero.
+  /// Random bytes. `aligned`: contiguous, from a boundary of 16 bytes on; `strided`: permuted, sliced and reversed
+  /// axes; `broadcast`: also axes of stride zero.
   Array(check::Random& random, DType dtype, const Shape& shape, Layout layout = Layout::contiguous)
       : dtype_(dtype), shape_(shape), strides_(shape.size()) {
     const size_t rank = shape.size();
     std::vector<size_t> order(rank);
     std::iota(order.begin(), order.end(), size_t(0));
     std::reverse(order.begin(), order.end());  // the last axis is the innermost
-    if (layout != Layout::contiguous)
+    const bool is_contiguous = layout == Layout::aligned || layout == Layout::contiguous;
+    if (!is_contiguous)
       for (size_t i = rank; i > 1; --i) std::swap(order[i - 1], order[size_t(random.between(0, int64_t(i) - 1))]);
     // With no guard, a sanitizer sees every access outside; with one, the test sees every write.
-    const int64_t guard = random.chance(50) ? 0 : 64, shift = random.between(0, 7);
+    const int64_t guard = random.chance(50) ? 0 : 64, shift = layout == Layout::aligned ? 0 : random.between(0, 7);
     int64_t span = 1;
     first_ = shift + guard;
     for (const size_t d : order) {
       const int64_t n = std::max<int64_t>(shape[d], 1);
       int64_t step = span;
-      if (layout != Layout::contiguous) step *= random.chance(75) ? 1 : random.between(2, 3);
+      if (!is_contiguous) step *= random.chance(75) ? 1 : random.between(2, 3);
       const bool repeated = layout == Layout::broadcast && random.chance(20);
       if (!repeated) span = step * n;
-      if (layout != Layout::contiguous && random.chance(25)) {
+      if (!is_contiguous && random.chance(25)) {
         if (!repeated) first_ += step * (n - 1);
         step = -step;
       }

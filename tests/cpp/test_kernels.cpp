@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "arrays.h"
 #include "check.h"
@@ -758,7 +759,9 @@ std::vector<DType> scale_dtypes(const QuantSpec& spec, bool is_output) {
   return all;
 }
 
-Case make_case(Random& random, Op op, const Shape& shape, const std::string& text) {
+/// `aligned`: all arrays are in one piece, from a boundary on, and the data's are of this dtype.
+Case make_case(Random& random, Op op, const Shape& shape, const std::string& text,
+               std::optional<DType> aligned = std::nullopt) {
   Case c{op, text, {}, {}, {}};
   const Status status = quark::parse_spec(c.text, c.spec);
   if (!status.ok()) check::fail(__FILE__, __LINE__, "\"" + c.text + "\": " + status.message());
@@ -777,12 +780,16 @@ Case make_case(Random& random, Op op, const Shape& shape, const std::string& tex
   }
   const auto [name, ins, outs] = quark::kOps[int(op)];
   const auto make = [&](char kind, bool is_output) {
-    const Layout layout = random.chance(40) ? Layout::contiguous : is_output ? Layout::strided : Layout::broadcast;
+    const Layout layout = aligned             ? Layout::aligned
+                          : random.chance(40) ? Layout::contiguous
+                          : is_output         ? Layout::strided
+                                              : Layout::broadcast;
     Shape small = scale_shape;
     if (one_scale && random.chance(30)) small = random.chance(50) ? Shape{} : Shape{1, 1};
     switch (kind) {
       case 'x': {
-        Array a(random, random.chance(40) ? DType::float32 : random.pick(kFloats), shape, layout);
+        const DType dtype = aligned ? *aligned : random.chance(40) ? DType::float32 : random.pick(kFloats);
+        Array a(random, dtype, shape, layout);
         if (c.spec.scale_format != ScaleFormat::float32 && random.chance(70)) {
           fill_block_values(random, a);
         } else {
@@ -1001,6 +1008,67 @@ TEST(groups_of_one_row) {
         ShuffledExecutor shuffled(random.bits());
         check_case(c, serial, "serial");
         check_case(c, shuffled, "shuffled");
+      }
+    }
+  }
+}
+
+/// What is taken in vectors of eight neighbours: arrays in one piece, with scales that they share and others, some of
+/// them no ordinary ones; groups of a few vectors, rows of many, and arrays that don't end with a vector.
+TEST(vectors) {
+  Random random(402);
+  quark::SerialExecutor serial;
+  struct Blocks {
+    Shape shape;
+    const char* block;
+  };
+  const Blocks all[] = {{{4, 64}, "0,0"},  {{4, 64}, "1,0"},   {{4, 64}, "0,1"},    {{6, 9}, "0,1"},
+                        {{4, 64}, "1,16"}, {{3, 96}, "1,32"},  {{2, 512}, "1,256"}, {{3, 8}, "1,8"},
+                        {{5, 24}, "1,24"}, {{3, 512}, "1,0"},  {{2, 1000}, "1,0"},  {{2, 2056}, "1,0"},
+                        {{3, 20}, "0,0"},  {{7, 11}, "1,0"},   {{8, 12}, "1,4"},    {{9, 8}, "3,0"},
+                        {{6, 32}, "2,16"}, {{4, 4104}, "1,0"}, {{16, 8}, "0,0"},    {{5, 128}, "1,64"}};
+  const char* texts[] = {"int8",
+                         "int8 rounding=stochastic",
+                         "int8 rounding=half_up",
+                         "uint8 asymmetric",
+                         "int4 packed",
+                         "int4 packed rounding=stochastic",
+                         "uint4 packed asymmetric",
+                         "int3 packed",
+                         "fp8_e4m3",
+                         "fp8_e5m2 rounding=stochastic",
+                         "fp8_e5m2fnuz",
+                         "fp4",
+                         "fp4 packed",
+                         "fp4 packed rounding=stochastic",
+                         "int8f6 scale=e8m0",
+                         "int8f6 scale=e8m0 rounding=stochastic",
+                         "fp8_e4m3 scale=e8m0",
+                         "fp4 packed scale=e8m0 rule=even",
+                         "fp4 packed scale=e4m3",
+                         "int8 packed scale=exponent"};
+  for (const char* format : texts) {
+    for (const auto& [shape, block] : all) {
+      std::string text = std::string(format) + " block=" + block + " length=" + std::to_string(shape[1]);
+      const bool is_random = text.find("stochastic") != std::string::npos;
+      for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+        for (const Op op : {Op::quantize, Op::dequantize, Op::fake_quantize, Op::quantize_dynamic,
+                            Op::fake_quantize_dynamic, Op::fake_quantize}) {
+          Case c = make_case(random, op, shape, text, dtype);
+          check_case(c, serial, "serial");
+        }
+        if (!is_random) continue;
+        const std::string whole = " whole=" + std::to_string(shape[0] + 3) + "," + std::to_string(shape[1] + 5);
+        Case c = make_case(random, Op::fake_quantize, shape, text + whole, dtype);
+        check_case(c, serial, "serial");
+      }
+    }
+  }
+  for (const char* format : {"int8", "uint4", "int4 rounding=half_up", "int8 shifted"}) {
+    for (const auto& [shape, block] : all) {
+      for (const DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+        Case c = make_case(random, Op::lsq_backward, shape, std::string(format) + " block=" + block, dtype);
+        check_case(c, serial, "serial");
       }
     }
   }
@@ -1375,7 +1443,9 @@ TEST(gradients_that_are_nan) {
   int words = 0;
   for (int i = 0; i < 20000; ++i) {
     const Shape shape = {random.between(1, 3), random.between(17, 70)};
-    Case c = make_case(random, Op::lsq_backward, shape, random_spec(random, Op::lsq_backward, shape));
+    const DType half = random.chance(50) ? DType::float16 : DType::bfloat16;
+    Case c = i % 8 ? make_case(random, Op::lsq_backward, shape, random_spec(random, Op::lsq_backward, shape))
+                   : make_case(random, Op::lsq_backward, {2, 4 * shape[1]}, "int8 block=1,0", half);
     Array& grad = c.in[1];
     const DType dtype = grad.dtype();
     if (dtype != DType::float16 && dtype != DType::bfloat16) continue;
