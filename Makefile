@@ -85,12 +85,13 @@ test-simt: $(VENV)/.simt
 
 # Every GPU thread is a thread to the sanitizer; calls that the CPU computes with OpenMP's are left out.
 SIMT_CALLS ?= 40
+SIMT_RACES ?= quantize backward extremes pack
 
 test-simt-races: $(VENV)/.test-tools
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset simt-tsan
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset simt-tsan --target test_simt test_kernels
 	build/simt-tsan/tests/cpp/test_simt
-	for test in quantize backward extremes pack; do \
+	for test in $(SIMT_RACES); do \
 	  QUARK_CPU_LEVEL=simt QUARK_TEST_LEVEL=simt QUARK_TEST_CALLS=$(SIMT_CALLS) \
 	    build/simt-tsan/tests/cpp/test_kernels $$test || exit 1; \
 	done
@@ -155,9 +156,11 @@ harden: $(VENV)/.installed
 	$(MAKE) test-cpp PRESET=asan
 	scripts/jaxlib_matrix.sh
 	$(MAKE) test-simt SIMT_TESTS="$(SIMT_TESTS) test_conformance.py test_documented.py test_parity.py test_errors.py" SIMT_ONLY=
-	QUARK_TEST_LEVEL=simt build/simt/tests/cpp/test_kernels
+	for warp in 32 64; do \
+	  QUARK_TEST_LEVEL=simt QUARK_SIMT_WARP=$$warp QUARK_SIMT_ORDER=backward build/simt/tests/cpp/test_kernels || exit 1; \
+	done
 	$(MAKE) test-cpp PRESET=simt-asan
-	$(MAKE) test-simt-races SIMT_CALLS=1000
+	$(MAKE) test-simt-races SIMT_CALLS=1000 SIMT_RACES="$(SIMT_RACES) vectors"
 	$(BIN)/python scripts/mutate_gpu.py
 	$(MAKE) test-gpu-build LINTED=
 
