@@ -102,7 +102,7 @@ $(VENV)/.simt: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python -m venv --without-pip $(VENV)-simt
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$($(VENV)-simt/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth"
-	$(PIP) --no-build-isolation --no-deps --upgrade -C cmake.define.QUARK_SIMT=ON . \
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --upgrade -C cmake.define.QUARK_SIMT=ON . \
 	  --target "$$($(VENV)-simt/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
 	touch $@
 
