@@ -105,7 +105,7 @@ TensorView from_dlpack(const DLPackExchangeAPI& api, nb::handle object, const ch
     refuse(role, index, "has dtype " + nb::cast<std::string>(nb::str(object.attr("dtype"))) + ", which has no kernel");
   if (!device_of(t.device.device_type, view.device))
     refuse(role, index, "is on a kind of device that has no kernels; allowed: CPU, CUDA, ROCm");
-  view.device_number = t.device.device_id;
+  if (view.device != Device::cpu) view.device_number = t.device.device_id;
   set_rank(view, size_t(t.ndim), role, index);
   std::copy_n(t.shape, t.ndim, view.shape);
   if (t.strides) {

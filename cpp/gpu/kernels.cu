@@ -144,7 +144,7 @@ class Elements {
   Elements(Call& call, const Place& x, const Place& out, const TensorView& shape, const ScaleTensors& scales,
            const QuantSpec& spec, const QuantSpec& own, const TensorView* key = nullptr,
            const TensorView* other = nullptr, const Learned* learned = nullptr)
-      : call_(call), x_(x), out_(out), shape_(shape), scales_(scales), spec_(spec), own_(own), key_(key) {
+      : call_(call), x_(x), out_(out), shape_(shape), scales_(scales), spec_(spec), own_(own) {
     Paths& paths = paths_;
     const Numbers from = x.numbers(spec, shape, paths), to = out.numbers(spec, shape, paths);
     const Array second = other ? Array(*other, paths) : Array();
@@ -218,8 +218,6 @@ class Elements {
     const uint32_t bits = form.is_packed ? form.bits : 8u;
     const float largest = form.is_fixed_point ? float(1u << bits) * form.step : e.grid.hi;
     return {e,
-            x_.tensor.data,
-            out_.tensor.data,
             false,
             0,
             0,
@@ -241,7 +239,6 @@ class Elements {
   const TensorView& shape_;
   const ScaleTensors& scales_;
   const QuantSpec &spec_, &own_;
-  const TensorView* key_;
   Paths paths_;
   std::optional<ElementArguments> arguments_;
 };
@@ -377,6 +374,7 @@ class Scales {
     const int64_t n = groups_.count;
     if (n == 0) return;
     low_ = call_.scratch<uint32_t>(2 * n);
+    if (!low_) return;
     high_ = low_ + n;
     call_.clear(low_, 2 * n * 4);
     raise_extremes(call_, x_, spec_, key_of(spec_), low_, high_, 1);
@@ -550,7 +548,7 @@ Learned* learned_of(Call& call, const TensorView& n, const TensorView* threshold
 }
 
 /// learn_vectors; null where it doesn't serve.
-void (*learn_kernel(Tensors in, Tensors out, const Groups& groups, const QuantSpec& spec))(LearnArguments) {
+void (*learn_kernel(Tensors in, Tensors out, const Groups& groups, const QuantSpec& spec))(TermArguments) {
   const DType dtype = in[0].dtype;
   const bool is_near = spec.rounding == Rounding::half_even && !spec.shifted;
   const bool has_fours = groups.are_runs && groups.are_alike && in[0].elements() / groups.count % kOwnLanes == 0;
@@ -576,11 +574,8 @@ void learn(Call& call, Tensors in, Tensors out, const TensorView& scale, const L
   const TermArguments terms{groups,          values,  grad, dx,   Numbers(x, paths), scales, slope_order_of(spec),
                             make_grid(spec), learned, sums, paths};
   const int64_t threads = groups.count * groups.chunks * kTeam;
-  if (const auto kernel = learn_kernel(in, out, groups, spec)) {
-    call.launch(kernel, threads, {terms, x.data, in[1].data, out[0].data});
-  } else {
-    call.launch(&learn_chunks, threads, terms);
-  }
+  const auto kernel = learn_kernel(in, out, groups, spec);
+  call.launch(kernel ? kernel : &learn_chunks, threads, terms);
   finish(call, sums, groups, learned, out[1]);
 }
 

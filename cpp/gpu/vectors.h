@@ -49,11 +49,9 @@ QUARK_DEVICE void put_numbers(const float* y, uint32_t* words) {
 /// A call on arrays in one piece, aligned to 16 bytes; kVector divides the elements that are taken so.
 struct VectorArguments {
   ElementArguments each;  ///< the same call, one element at a time; its `first`: where the vectors end
-  const void* x;
-  void* out;
-  bool has_own_scales;  ///< a vector's elements may differ in their scales
-  int lanes;            ///< dynamic scales: threads that share one; 0: scales are given
-  int64_t row;          ///< of each_row: elements that share a scale
+  bool has_own_scales;    ///< a vector's elements may differ in their scales
+  int lanes;              ///< dynamic scales: threads that share one; 0: scales are given
+  int64_t row;            ///< of each_row: elements that share a scale
   KeyKind key;
   ScaleRuler scale_of;
   ScaleWriter writer;
@@ -118,7 +116,7 @@ class Vectors {
   /// The numbers from element i on.
   QUARK_DEVICE void load(int64_t i, float* x) const {
     if constexpr (Body::kReadsCodes) {
-      const auto* from = static_cast<const uint8_t*>(a_.x) + i * a_.bits / 8;
+      const auto* from = static_cast<const uint8_t*>(a_.each.x.array.data) + i * a_.bits / 8;
       const Raw<2> codes = a_.bits == 8 ? load_words<Raw<2>>(from) : spread(load_words<Raw<1>>(from).word[0]);
       const CodeForm& form = a_.each.x.form;
       const uint32_t top = form.is_signed ? 1u << (a_.bits - 1) : 0u;
@@ -127,7 +125,7 @@ class Vectors {
         x[j] = kIsFixed ? float(int32_t((code ^ top) - top)) * form.step : decode(code, g_);
       }
     } else {
-      const auto raw = load_words<RawOf<T>>(static_cast<const T*>(a_.x) + i);
+      const auto raw = load_words<RawOf<T>>(static_cast<const T*>(a_.each.x.array.data) + i);
       for (int j = 0; j < kVector; ++j) x[j] = number_at<T>(raw.word, j);
     }
   }
@@ -166,7 +164,7 @@ class Vectors {
       for (int j = 0; j < kVector; ++j) y[j] = result(j);
       RawOf<T> raw;
       put_numbers<T, kVector>(y, raw.word);
-      store_words(static_cast<T*>(a_.out) + i, raw);
+      store_words(static_cast<T*>(a_.each.out.array.data) + i, raw);
     }
   }
 
@@ -196,7 +194,7 @@ class Vectors {
         const uint32_t code = kIsFixed ? uint32_t(int32_t(y * (1.0f / a_.each.out.form.step))) : code_of(y, g_);
         codes |= uint64_t(code & 0xffu) << (8 * j);
       } else {
-        narrow(y, static_cast<T*>(a_.out)[i + j]);
+        narrow(y, static_cast<T*>(a_.each.out.array.data)[i + j]);
       }
     }
     if constexpr (Body::kWritesCodes) store_codes(i, {{uint32_t(codes), uint32_t(codes >> 32)}});
@@ -218,7 +216,7 @@ class Vectors {
   }
 
   QUARK_DEVICE void store_codes(int64_t i, const Raw<2>& codes) const {
-    auto* to = static_cast<uint8_t*>(a_.out) + i * a_.bits / 8;
+    auto* to = static_cast<uint8_t*>(a_.each.out.array.data) + i * a_.bits / 8;
     a_.bits == 8 ? store_words(to, codes) : store_words(to, squeeze(codes));
   }
 
@@ -289,21 +287,13 @@ each_row(QUARK_ARGUMENT const VectorArguments a) {
 
 // ---- learned scales -----------------------------------------------------------------------------------------------
 
-struct LearnArguments {
-  TermArguments terms;  ///< of groups that are runs, of one length, a multiple of kOwnLanes
-  const void *x, *grad;
-  void* dx;
-};
-static_assert(sizeof(LearnArguments) <= 4096, "a kernel's arguments have 4 KiB");
-
-/// learn_chunks of arrays in one piece, aligned to 16 bytes, that are rounded to nearest even: a thread's lanes at
-/// once.
+/// learn_chunks of arrays in one piece, aligned to 16 bytes, that are rounded to nearest even, and of groups that are
+/// runs of one length, a multiple of kOwnLanes: a thread's lanes at once.
 template <class T>
 QUARK_KERNEL(kThreads)
-learn_vectors(QUARK_ARGUMENT const LearnArguments arguments) {
+learn_vectors(QUARK_ARGUMENT const TermArguments a) {
   using Four = Raw<kOwnLanes* int(sizeof(T)) / 4>;
   constexpr int kAtOnce = 4;  // steps of a team whose numbers are read before anything is computed
-  const TermArguments& a = arguments.terms;
   const int64_t item = team(), chunks = a.groups.chunks, index = divide(item, chunks);
   if (index >= a.groups.count) return;
   const Group group(a.groups, index);
@@ -321,8 +311,8 @@ learn_vectors(QUARK_ARGUMENT const LearnArguments arguments) {
     for (int k = 0; k < kAtOnce; ++k) {
       const int64_t i = at + k * kLanes;
       if (i >= end) break;
-      x[k] = load_words<Four>(static_cast<const T*>(arguments.x) + i);
-      grad[k] = load_words<Four>(static_cast<const T*>(arguments.grad) + i);
+      x[k] = load_words<Four>(static_cast<const T*>(a.x.data) + i);
+      grad[k] = load_words<Four>(static_cast<const T*>(a.grad.data) + i);
     }
     for (int k = 0; k < kAtOnce; ++k) {
       const int64_t i = at + k * kLanes;
@@ -337,7 +327,7 @@ learn_vectors(QUARK_ARGUMENT const LearnArguments arguments) {
       }
       Four raw;
       put_numbers<T, kOwnLanes>(dx, raw.word);
-      store_words(static_cast<T*>(arguments.dx) + i, raw);
+      store_words(static_cast<T*>(a.dx.data) + i, raw);
     }
   }
   const double sum = fold_lanes(lane);
