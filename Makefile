@@ -13,16 +13,26 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-peers test-cpp test-clang test-simt test-simt-races test-gpu-build lint format generated bench harden \
-  clean
+.PHONY: demo test test-python test-312 test-peers test-cpp test-clang test-simt test-simt-races test-gpu-build lint format \
+  generated bench harden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
 
 test: test-cpp test-python
 
+# Files of tests/; all where none is named.
+TESTS ?=
+
 test-python: $(VENV)/.installed $(VENV)/.test-tools
-	QUARK_TRANSFORMS_JSON=$(VENV)/transforms.json $(BIN)/python -m pytest $(PARALLEL)
+	QUARK_TRANSFORMS_JSON=$(VENV)/transforms.json $(BIN)/python -m pytest $(PARALLEL) $(addprefix tests/,$(TESTS))
+
+# Core and JAX on another Python, for which there is one wheel of the stable ABI.
+PYTHON312 ?= $(or $(shell command -v python3.12),$(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)))
+
+test-312:
+	@test -n "$(PYTHON312)" || { echo "no Python 3.12 on this machine: PYTHON312=..." >&2; exit 1; }
+	$(MAKE) test-python PYTHON=$(PYTHON312) VENV=.venv-312 FRAMEWORKS=jax
 
 # What torchao and compressed-tensors make of the same numbers.
 test-peers: $(VENV)/.installed $(VENV)/.test-tools
@@ -150,10 +160,11 @@ bench: $(VENV)/.installed
 	$(PIP) matplotlib
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
-# One wheel under every supported jaxlib, the C++ tests under sanitizers, and the GPU's kernels: all Python tests of the
+# Another Python, one wheel under every supported jaxlib, the C++ tests under sanitizers, and the GPU's kernels: all Python tests of the
 # operators on the simulated one, under sanitizers, with planted bugs, and the code for every device.
 harden: $(VENV)/.installed
 	$(MAKE) test-cpp PRESET=asan
+	$(MAKE) test-312
 	scripts/jaxlib_matrix.sh
 	$(MAKE) test-simt SIMT_TESTS="$(SIMT_TESTS) test_conformance.py test_documented.py test_parity.py test_errors.py" SIMT_ONLY=
 	for warp in 32 64; do \

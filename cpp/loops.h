@@ -638,8 +638,7 @@ class Codes {
   /// The largest magnitude that a code can have.
   float largest() const {
     if (!form_.is_fixed_point) return grid_.hi;
-    return form_.is_packed ? float(1u << form_.bits) * form_.step
-                           : float_of(uint32_t(127 + 8 * bytes_of(data_.view.dtype)) << 23) * form_.step;
+    return form_.largest_of(form_.is_packed ? form_.bits : uint32_t(8 * bytes_of(data_.view.dtype)));
   }
 
   /// How far before this element packed codes must be read from: back to the start of a byte.

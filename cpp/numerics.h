@@ -125,6 +125,11 @@ struct Grid {
   uint32_t non_finite;     ///< mask of what stays of infinities and NaN that don't count
 };
 
+/// The largest magnitude in the range.
+QUARK_INLINE float largest_of(const Grid& g) {
+  return magnitude(g.lo) > magnitude(g.hi) ? magnitude(g.lo) : magnitude(g.hi);
+}
+
 /// The ScaleRule as Grid::up_above.
 inline uint32_t up_above(ScaleRule rule, uint32_t mantissa, float top) {
   constexpr uint32_t kOne = 1u << 23;
@@ -380,10 +385,20 @@ QUARK_INLINE Slope slope_of(float x, float grad, float s, float z, const Grid& g
   return {r >= g.lo && r <= g.hi ? grad : 0.0f, is_nan(r) ? 0.0f : grad, is_nan(r) ? 0.0f : slope};
 }
 
-/// TQT's scale: 2^ceil(t) / domain, ceil(t) from -126 to 127.
-QUARK_INLINE float threshold_scale(float t, float domain) {
+/// What a learned scale's numbers amount to: the factor of its gradient; of a threshold also the scale and the range.
+struct Learned {
+  double factor;
+  float scale, lo, hi;
+};
+
+/// TQT: the scale is 2^ceil(t) / domain, ceil(t) from -126 to 127, the range [-domain, domain - 1], and the gradient of
+/// t has the factor scale * ln 2. A wrong domain makes NaN.
+QUARK_INLINE Learned learned_of_threshold(float t, float domain) {
+  constexpr double kLn2 = 0.69314718055994530942;
   const float e = clamp(round_to_integer<Rounding::ceil>(t), -126.0f, 127.0f);
-  return is_nan(t) ? float_of(kNaN) : power_of_two(int32_t(is_nan(t) ? 0.0f : e)) / domain;
+  const bool is_number = !is_nan(t) && is_domain(domain);
+  const float scale = is_number ? power_of_two(int32_t(is_nan(t) ? 0.0f : e)) / domain : float_of(kNaN);
+  return {double(scale) * kLn2, scale, -domain, domain - 1.0f};
 }
 
 // ---- minifloat codes ----------------------------------------------------------------------------------------------
@@ -402,6 +417,11 @@ QUARK_INLINE uint32_t encode(float y, const Grid& g) {
   const uint32_t q = bits_of(magnitude(y) + float_of(anchor)) - anchor;
   const uint32_t code = is_nan(y) ? g.nan_code : q + (((e - g.min_exp) >> 23) << g.mantissa);
   return code | (bits_of(y) >> 31) << (g.bits - 1);
+}
+
+/// The same for formats without NaN, too, whose code it is then 0.
+QUARK_INLINE uint32_t encode_or_zero(float y, const Grid& g) {
+  return encode(is_nan(y) ? float_of(bits_of(y) & g.kept_nan) : y, g);
 }
 
 /// The value of a code.

@@ -70,6 +70,14 @@ struct CodeForm {
         step(float_of(uint32_t(spec.format.min_exp - spec.format.mantissa_bits + 127) << 23)),
         row(row_length),
         row_bytes((row_length * bits + 7) / 8) {}
+
+  /// Fixed point: the number of a code that is stored in so many bits, above which there are zeros.
+  QUARK_INLINE float number_of(uint32_t code, uint32_t stored_bits) const {
+    const uint32_t top = is_signed ? 1u << (stored_bits - 1) : 0u;
+    return float(int32_t((code ^ top) - top)) * step;
+  }
+  /// The largest magnitude that such a code can have.
+  QUARK_INLINE float largest_of(uint32_t stored_bits) const { return float_of((127 + stored_bits) << 23) * step; }
 };
 
 }  // namespace

@@ -99,8 +99,8 @@ class Checker {
   Status check(const Place& place) {
     if (Status s = check_tensors(place); !s.ok()) return s;
     if (Status s = check_kinds(); !s.ok()) return s;
-    if (Status s = place.device == Device::cpu ? check_numbers() : Status(); !s.ok()) return s;
-    return check_overlaps();
+    if (Status s = check_overlaps(); !s.ok()) return s;
+    return place.device == Device::cpu ? check_numbers() : Status();
   }
 
   /// What must hold of a batch of calls beside what holds of each. Gives the batch's lengths: those of the inputs that
@@ -370,7 +370,7 @@ class Checker {
   Status check_domain() const {
     const FloatEnvironment environment;
     const auto domain = *static_cast<const float*>(in_[ins_.find('n')].data);
-    if (domain >= 1.0f && domain <= 0x1p22f && float(int32_t(domain)) == domain) return {};
+    if (is_domain(domain)) return {};
     return value_error(here("domain is ") + std::to_string(domain) + "; allowed: an integer from 1 to 2^22");
   }
 

@@ -298,7 +298,7 @@ inline bool choose_scales(const TensorView& x, const ScaleTensors& out, const Qu
   std::memset(low, 0, size_t(scales) * 4);
 
   const ExtremesReader extremes(x, spec);
-  Reduction reduction{extremes, scale_walk(scale, x.shape, spec), x.elements(), low, high, false};
+  Reduction reduction{extremes, group_walk(x, spec), x.elements(), low, high, false};
   if (!spec.format.is_cast()) {
     executor.run((reduction.elements + kTile - 1) / kTile, kTile,
                  with_key(key_of(spec), []<class Key>() -> Executor::Chunk { return &Reduction::chunk<Key>; }),
@@ -558,12 +558,8 @@ inline bool find_extremes(const TensorView& x, const TensorView& out, const Quan
     });
     return true;
   }
-  TensorView scale = out;  // what a scale of each group would be
-  scale.rank = x.rank;
-  int64_t stride = 1;
-  for (int d = x.rank - 1; d >= 0; stride *= scale.shape[d--]) scale.strides[d] = stride;
   std::memset(out.data, 0, size_t(groups) * 2 * sizeof(uint32_t));
-  Reduction reduction{extremes, scale_walk(scale, x.shape, spec), x.elements(), writer.to + 1, writer.to, false, 2};
+  Reduction reduction{extremes, group_walk(x, spec), x.elements(), writer.to + 1, writer.to, false, 2};
   executor.run((reduction.elements + kTile - 1) / kTile, kTile, &Reduction::chunk<BoundsKey>, &reduction);
   executor.run(
       reduction.out_of_memory ? 0 : groups, 1,
@@ -792,7 +788,7 @@ class LearnScales {
         panel_(order_ == GroupOrder::members_first ? kPanel : 1),
         factor_(factor),
         grid_(make_grid(spec)),
-        largest_(magnitude(grid_.lo) > magnitude(grid_.hi) ? magnitude(grid_.lo) : magnitude(grid_.hi)),
+        largest_(largest_of(grid_)),
         stream_(is_streamed(x_.bytes() + grad_.bytes(), dx_.bytes())),
         loop_(slope_loop_for(spec)),
         small_(small_slope_loop_for(spec, x.dtype, grad.dtype, dx.dtype)) {}

@@ -119,6 +119,29 @@ QUARK_INLINE auto with_scale_kind(ScaleKind kind, const F& f) {
   }
 }
 
+// Scales that are searched for.
+
+/// Nearest rank, from 1: the least of n values that this part of them doesn't exceed.
+QUARK_INLINE int64_t percentile_rank(double part, int64_t n) {
+  const double exact = part * double(n);
+  auto rank = int64_t(exact);
+  if (double(rank) < exact) ++rank;
+  return rank < 1 ? 1 : rank < n ? rank : n;
+}
+
+/// The shares of the extremes whose squared errors are compared: 1, 0.99, ... 0.21.
+inline constexpr int kShares = 80;
+inline float share_of(int i) { return float(100 - i) / 100.0f; }
+QUARK_INLINE Extremes operator*(const Extremes& e, float share) {
+  return {bits_of(float_of(e.low) * share), bits_of(float_of(e.high) * share)};
+}
+
+/// Whether a group's extremes leave something to search.
+QUARK_INLINE bool is_searched(const Extremes& e) {
+  const uint32_t most = max(e.low, e.high);
+  return most > 0 && most < kInfinity;
+}
+
 // ---- sums ---------------------------------------------------------------------------------------------------------
 
 /// The one order of a sum of float64 terms, whatever the machine: chunks of 1024 terms; in a chunk, lane j (0..63) adds

@@ -39,15 +39,12 @@ class SearchScales {
   static bool run(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec, Executor& executor) {
     SearchScales task(x, out, spec);
     executor.run(
-        out.scale->elements(), task.longest_ * (spec.method == Method::mse ? kCandidates : 1),
+        out.scale->elements(), task.longest_ * (spec.method == Method::mse ? kShares : 1),
         [](void* self, int64_t first, int64_t last) { static_cast<SearchScales*>(self)->chunk(first, last); }, &task);
     return !task.out_of_memory_;
   }
 
  private:
-  /// The shares of the extremes that mse tries: 1, 0.99, ... 0.21.
-  static constexpr int kCandidates = 80;
-
   SearchScales(const TensorView& x, const ScaleTensors& out, const QuantSpec& spec)
       : x_(x),
         spec_(spec),
@@ -84,17 +81,12 @@ class SearchScales {
       n += count;
     });
     const Extremes all = extremes_.of(x, n);
-    const uint32_t most = max(all.low, all.high);
-    if (spec_.format.is_cast() || most == 0 || most >= kInfinity) return scale_of_(all);
+    if (spec_.format.is_cast() || !is_searched(all)) return scale_of_(all);
     return spec_.method == Method::percentile ? by_percentile(x, n) : by_error(x, n, all);
   }
 
-  /// Nearest rank: the least value that `percentile` percent of the group don't exceed.
   ScaleAndZero by_percentile(const float* x, int64_t n) const {
-    const double exact = spec_.percentile / 100.0 * double(n);
-    auto rank = int64_t(exact);
-    if (double(rank) < exact) ++rank;
-    const int64_t k = rank < 1 ? 1 : min(rank, n);
+    const int64_t k = percentile_rank(spec_.percentile / 100.0, n);
     if (spec_.symmetric) return scale_of_({0, select_key(x, n, k, [](float v) { return magnitude_key(v); })});
     return scale_of_({select_key(x, n, k, [](float v) { return below_zero(v); }),
                       select_key(x, n, k, [](float v) { return above_zero(v); })});
@@ -103,9 +95,8 @@ class SearchScales {
   ScaleAndZero by_error(const float* x, int64_t n, const Extremes& all) const {
     ScaleAndZero best{};
     double least = 0.0;
-    for (int i = 0; i < kCandidates; ++i) {
-      const float share = float(100 - i) / 100.0f;
-      const ScaleAndZero r = scale_of_({bits_of(float_of(all.low) * share), bits_of(float_of(all.high) * share)});
+    for (int i = 0; i < kShares; ++i) {
+      const ScaleAndZero r = scale_of_(all * share_of(i));
       const double error = squared_error(x, n, r);
       if (i > 0 && error >= least) continue;
       best = r;

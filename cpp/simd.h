@@ -444,10 +444,7 @@ struct MinifloatsOut {
   MinifloatsOut(void* numbers, const Grid& grid)
       : at(static_cast<Element*>(numbers)), form(grid), per_scale(1.0f / form.scale) {}
 
-  QUARK_INLINE void one(float number, Element& to) const {
-    const uint32_t kept = is_nan(number) ? form.g.kept_nan : ~0u;
-    to.raw = uint8_t(encode(float_of(bits_of(number) & kept), form.g));
-  }
+  QUARK_INLINE void one(float number, Element& to) const { to.raw = uint8_t(encode_or_zero(number, form.g)); }
   QUARK_INLINE void step(const float* numbers, Element* to) const {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     const __m512 scaled = _mm512_mul_ps(floats_at(numbers), _mm512_set1_ps(per_scale));

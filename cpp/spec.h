@@ -22,6 +22,9 @@ enum class Rounding : uint8_t {
 };
 std::span<const char* const> rounding_names();
 
+/// What TQT's domain can be. CPU levels must not share its code.
+[[gnu::always_inline]] constexpr bool is_domain(float n) { return n >= 1.0f && n <= 0x1p22f && float(int32_t(n)) == n; }
+
 /// How a dynamic scale follows from its group, and what it can be.
 ///   float32         the extreme value lands on the end of the range
 ///   e8m0            a power of two from 2^-127 to 2^127 (OCP MX 1.0, 6.3)

@@ -105,6 +105,19 @@ inline Walk scale_walk(const TensorView& scale, const int64_t* shape, const Quan
   return w;
 }
 
+/// The walk from an element to the number of its group, of groups in row-major order.
+inline Walk group_walk(const TensorView& x, const QuantSpec& spec) {
+  TensorView numbers;
+  numbers.rank = x.rank;
+  int64_t step = 1;
+  for (int d = x.rank - 1; d >= 0; --d) {
+    numbers.shape[d] = scale_length(x.shape[d], spec.block[d]);
+    numbers.strides[d] = step;
+    step *= numbers.shape[d];
+  }
+  return scale_walk(numbers, x.shape, spec);
+}
+
 /// The walk of pair bits over the elements that they belong to; they have the data's axes, the block's one shorter.
 inline Walk pair_walk(const TensorView& bits, const int64_t* shape, int axis) {
   Walk w;

@@ -37,8 +37,8 @@ SCALES = ("extremes", "choose_qparams", "groups_of_one_row")
 SUMS = ("vectors", "backward", "sums", "long_groups")
 MUTANTS = [
     Mutant("arrays.h", "if (path.has_blocks) index = divide(index, axis[2]);", "", ELEMENTS),
-    Mutant("arrays.h", "if (shift + bits > 8)", "if (shift + bits > 9)", ELEMENTS),
-    Mutant("arrays.h", "form.is_signed ? 1u << (bits - 1) : 0u", "form.is_signed ? 1u << bits : 0u", ELEMENTS),
+    Mutant("arrays.h", "if (shift + form.bits > 8)", "if (shift + form.bits > 9)", ELEMENTS),
+    Mutant("arrays.h", "form.number_of(code, stored_bits())", "form.number_of(code, 8)", ELEMENTS),
     Mutant("arrays.h", "* form.bits + 7) / 8; ++i)", "* form.bits) / 8; ++i)", ELEMENTS),
     Mutant("arrays.h", "(along % kPairByte / 2)", "(along % kPairByte / 4)", ELEMENTS),
     Mutant("arrays.h", ".word[index % 4]", ".word[(index + 1) % 4]", ELEMENTS),
@@ -49,7 +49,7 @@ MUTANTS = [
     Mutant("groups.h", "if (group >= 0) raise(group, e);", "", SCALES),
     Mutant("groups.h", "mask < 32; mask *= 2", "mask < 16; mask *= 2", SCALES),
     Mutant("groups.h", "is_alone && !has_others && other == group", "is_alone", SCALES),
-    Mutant("groups.h", "rest = divide(k, width)", "rest = divide(k, b)", SUMS),
+    Mutant("groups.h", "rest = divide(k, part.width)", "rest = divide(k, all.block[d])", SUMS),
     Mutant("groups.h", "for (int mask = kTeam / 2; mask > 0", "for (int mask = kTeam / 4; mask > 0", SUMS),
     Mutant("groups.h", "(lane[0] + lane[2]) + (lane[1] + lane[3])", "(lane[0] + lane[1]) + (lane[2] + lane[3])", SUMS),
     Mutant("groups.h", "a.learned ? a.sums[i] * a.learned->factor", "a.learned ? a.sums[i]", SUMS),

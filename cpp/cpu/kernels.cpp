@@ -29,7 +29,7 @@ class Elementwise {
     if constexpr (std::is_same_v<In, Codes>) {
       largest_ = x.largest();
     } else {
-      largest_ = magnitude(grid_.lo) > grid_.hi ? magnitude(grid_.lo) : grid_.hi;
+      largest_ = largest_of(grid_);
     }
   }
 
@@ -270,26 +270,23 @@ Status lsq_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& ex
   return learn(in, out, in[2], number(in[3]), spec, executor);
 }
 
-/// TQT's numbers: the range [-domain, domain - 1] and the scale 2^ceil(t) / domain.
+/// What TQT's tensors say, and the spec with the range that follows.
 struct Threshold {
   QuantSpec spec;
-  float scale;
-  double factor;  ///< of the threshold's gradient: s * ln 2
+  Learned learned;
 
   Threshold(const TensorView& t, const TensorView& n, const QuantSpec& given) : spec(given) {
-    constexpr double kLn2 = 0.69314718055994530942;
     const double threshold = number(t), domain = number(n);
     const FloatEnvironment environment;
-    spec.quant_min = float(-domain);
-    spec.quant_max = float(domain - 1.0);
-    scale = threshold_scale(float(threshold), float(domain));
-    factor = double(scale) * kLn2;
+    learned = learned_of_threshold(float(threshold), float(domain));
+    spec.quant_min = learned.lo;
+    spec.quant_max = learned.hi;
   }
 
   /// The scale as a 0-d tensor, for as long as this object stays where it is.
   TensorView view() {
     TensorView v;
-    v.data = &scale;
+    v.data = &learned.scale;
     return v;
   }
 };
@@ -304,7 +301,7 @@ Status tqt_quantize(Tensors in, Tensors out, const QuantSpec& spec, Executor& ex
 /// dt = s * ln 2 * sum(g * slope).
 Status tqt_backward(Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
   Threshold threshold(in[2], in[3], spec);
-  return learn(in, out, threshold.view(), threshold.factor, threshold.spec, executor);
+  return learn(in, out, threshold.view(), threshold.learned.factor, threshold.spec, executor);
 }
 
 /// Every element of `from` into `to`: Data or Codes.

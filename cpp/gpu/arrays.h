@@ -111,7 +111,7 @@ struct Numbers {
   QUARK_DEVICE float load(const Paths& paths, int64_t flat) const {
     if (is_data || form.is_number) return array.load(paths, flat);
     const uint32_t code = code_at(paths, flat);
-    return form.is_fixed_point ? float(int32_t(code)) * form.step : decode(code, grid);
+    return form.is_fixed_point ? form.number_of(code, stored_bits()) : decode(code, grid);
   }
 
   QUARK_DEVICE void store(const Paths& paths, int64_t flat, float y) const {
@@ -131,26 +131,20 @@ struct Numbers {
   }
 
  private:
+  QUARK_DEVICE uint32_t stored_bits() const { return form.is_packed ? form.bits : 8; }
+
   QUARK_DEVICE uint32_t code_of(float y) const {
     return form.is_fixed_point ? uint32_t(int32_t(y * (1.0f / form.step))) : encode(y, grid);
   }
 
-  /// Fixed point codes with their signs.
   QUARK_DEVICE uint32_t code_at(const Paths& paths, int64_t flat) const {
-    uint32_t code, bits = 8;
-    if (form.is_packed) {
-      bits = form.bits;
-      const int64_t row = divide(flat, form.row), bit = (flat - row * form.row) * bits;
-      const int64_t byte = row * form.row_bytes + bit / 8;
-      const auto shift = uint32_t(bit % 8);
-      code = array.byte(paths, byte);
-      if (shift + bits > 8) code |= uint32_t(array.byte(paths, byte + 1)) << 8;
-      code = code >> shift & ((1u << bits) - 1u);
-    } else {
-      code = array.byte(paths, flat);
-    }
-    const uint32_t top = form.is_signed ? 1u << (bits - 1) : 0u;
-    return form.is_fixed_point ? (code ^ top) - top : code;
+    if (!form.is_packed) return array.byte(paths, flat);
+    const int64_t row = divide(flat, form.row), bit = (flat - row * form.row) * form.bits;
+    const int64_t byte = row * form.row_bytes + bit / 8;
+    const auto shift = uint32_t(bit % 8);
+    uint32_t bits = array.byte(paths, byte);
+    if (shift + form.bits > 8) bits |= uint32_t(array.byte(paths, byte + 1)) << 8;
+    return bits >> shift & ((1u << form.bits) - 1u);
   }
 };
 

@@ -5,13 +5,6 @@
 namespace quark::QUARK_LEVEL {
 namespace {
 
-/// What a learned scale's tensors say, in memory of the device: the scale and the range that a threshold gives, and the
-/// factor of the scale's gradient.
-struct Learned {
-  double factor;
-  float scale, lo, hi;
-};
-
 struct ElementArguments {
   int64_t elements, first;  ///< first: where to begin; 0 where rows end in padding bits
   Numbers x, out;

@@ -39,12 +39,11 @@ struct Group {
   QUARK_DEVICE Group(const Groups& groups, int64_t number) : all(groups), index(number) {
     int64_t step = 1;
     for (int d = all.rank - 1; d >= 0; --d) {
-      const int64_t n = all.shape[d], b = all.block[d], along = b == 0 ? 1 : divide(n + b - 1, b);
-      const int64_t outer = divide(number, along), from = (number - outer * along) * b;
-      begin += from * step;
-      count *= min(b, n - from);
-      number = outer;
-      step *= n;
+      const Part part(all, d, number);
+      begin += part.from * step;
+      count *= part.width;
+      number = part.outer;
+      step *= all.shape[d];
     }
   }
 
@@ -53,16 +52,28 @@ struct Group {
     if (all.are_runs) return begin + k;
     int64_t flat = 0, step = 1, number = index;
     for (int d = all.rank - 1; d >= 0; --d) {
-      const int64_t n = all.shape[d], b = all.block[d], along = divide(n + b - 1, b);
-      const int64_t outer = divide(number, along), from = (number - outer * along) * b;
-      const int64_t width = min(b, n - from), rest = divide(k, width);
-      flat += (from + k - rest * width) * step;
-      number = outer;
+      const Part part(all, d, number);
+      const int64_t rest = divide(k, part.width);
+      flat += (part.from + k - rest * part.width) * step;
+      number = part.outer;
       k = rest;
-      step *= n;
+      step *= all.shape[d];
     }
     return flat;
   }
+
+ private:
+  /// The group along an axis: its first index, its width, and its number among the groups of the axes before.
+  struct Part {
+    int64_t outer, from, width;
+
+    QUARK_DEVICE Part(const Groups& all, int d, int64_t number) {
+      const int64_t n = all.shape[d], b = all.block[d], along = b == 0 ? 1 : divide(n + b - 1, b);
+      outer = divide(number, along);
+      from = (number - outer * along) * b;
+      width = min(b, n - from);
+    }
+  };
 };
 
 // ---- extremes -----------------------------------------------------------------------------------------------------
@@ -181,6 +192,31 @@ inline constexpr int kTeams = kThreads / kTeam;  // in a block
 /// The number of this thread's chunk among all.
 QUARK_DEVICE int64_t team() { return block() * kTeams + thread() / kTeam; }
 
+/// How many threads take a team for every chunk of the groups.
+inline int64_t team_threads(const Groups& groups) { return groups.count * groups.chunks * kTeam; }
+
+/// The part of a group that this thread's team takes.
+struct Chunk {
+  int64_t item;  ///< its number among the chunks of all groups
+  Group group;
+  int64_t first, count;  ///< elements of the group; count: none past its end
+
+  QUARK_DEVICE explicit Chunk(const Groups& groups)
+      : item(team()),
+        group(groups, divide(item, groups.chunks)),
+        first((item - group.index * groups.chunks) * kChunk),
+        count(min(int64_t(kChunk), group.count - first)) {}
+
+  /// False past the last group.
+  QUARK_DEVICE bool exists() const { return group.index < group.all.count; }
+  /// The flat index of the k-th element.
+  QUARK_DEVICE int64_t at(int64_t k) const { return group.at(first + k); }
+  /// Writes the chunk's sum, which all of its threads have.
+  QUARK_DEVICE void put(double sum, double* sums) const {
+    if (thread() % kTeam == 0) sums[item] = sum;
+  }
+};
+
 /// The sum of a team's lanes, which fold in halves. All of its threads have it.
 QUARK_DEVICE double fold_lanes(double* lane) {
   for (int mask = kTeam / 2; mask > 0; mask /= 2)
@@ -214,10 +250,9 @@ QUARK_KERNEL(kThreads) fold_sums(QUARK_ARGUMENT const FoldArguments a) {
   if (thread() % kTeam == 0) a.out[item] = sum;
 }
 
-struct TermArguments {
+struct LearnArguments {
   Groups groups;
-  Array x, grad, dx;  ///< dequantize_backward: grad alone
-  Numbers codes;      ///< of dequantize_backward
+  Array x, grad, dx;
   ScaleArrays scales;
   Order order;
   Grid grid;
@@ -225,42 +260,48 @@ struct TermArguments {
   double* sums;  ///< of every chunk
   Paths paths;
 };
-static_assert(sizeof(TermArguments) <= 4096, "a kernel's arguments have 4 KiB");
+static_assert(sizeof(LearnArguments) <= 4096, "a kernel's arguments have 4 KiB");
 
 /// The gradients of learned scales: dx = slope_of().dx, and the sum of weight * slope of every chunk.
-QUARK_KERNEL(kThreads) learn_chunks(QUARK_ARGUMENT const TermArguments a) {
-  const int64_t item = team(), chunks = a.groups.chunks, index = divide(item, chunks);
-  if (index >= a.groups.count) return;
-  const Group group(a.groups, index);
-  const int64_t begin = (item - index * chunks) * kChunk;
+QUARK_KERNEL(kThreads) learn_chunks(QUARK_ARGUMENT const LearnArguments a) {
+  const Chunk chunk(a.groups);
+  if (!chunk.exists()) return;
   Grid g = a.grid;
   g.lo = a.learned->lo, g.hi = a.learned->hi;
-  const bool is_empty = group.count == 0;
-  const float s = is_empty ? 1.0f : a.scales.scale_at(a.paths, group.begin);
-  const float z = is_empty ? 0.0f : a.scales.zero_at(a.paths, group.begin);
-  const double sum = sum_of(min(int64_t(kChunk), group.count - begin), [&](int64_t k) {
-    const int64_t i = group.at(begin + k);
+  const bool is_empty = chunk.group.count == 0;
+  const float s = is_empty ? 1.0f : a.scales.scale_at(a.paths, chunk.group.begin);
+  const float z = is_empty ? 0.0f : a.scales.zero_at(a.paths, chunk.group.begin);
+  const double sum = sum_of(chunk.count, [&](int64_t k) {
+    const int64_t i = chunk.at(k);
     const float x = a.x.load(a.paths, i), grad = a.grad.load(a.paths, i);
     const Slope r =
         with_slope(a.order, [&]<Arithmetic A, Rounding R>() -> Slope { return slope_of<A, R>(x, grad, s, z, g); });
     a.dx.store(a.paths, i, r.dx);
     return double(r.weight) * double(r.slope);
   });
-  if (thread() % kTeam == 0) a.sums[item] = sum;
+  chunk.put(sum, a.sums);
 }
 
+struct CodeSumArguments {
+  Groups groups;
+  Array grad;
+  Numbers codes;
+  ScaleArrays scales;
+  double* sums;  ///< of every chunk
+  Paths paths;
+};
+static_assert(sizeof(CodeSumArguments) <= 4096, "a kernel's arguments have 4 KiB");
+
 /// The gradients of scales of codes: the sum of dx * (q - z) of every chunk.
-QUARK_KERNEL(kThreads) dequantize_chunks(QUARK_ARGUMENT const TermArguments a) {
-  const int64_t item = team(), chunks = a.groups.chunks, index = divide(item, chunks);
-  if (index >= a.groups.count) return;
-  const Group group(a.groups, index);
-  const int64_t begin = (item - index * chunks) * kChunk;
-  const double z = group.count > 0 ? double(a.scales.zero_at(a.paths, group.begin)) : 0.0;
-  const double sum = sum_of(min(int64_t(kChunk), group.count - begin), [&](int64_t k) {
-    const int64_t i = group.at(begin + k);
+QUARK_KERNEL(kThreads) dequantize_chunks(QUARK_ARGUMENT const CodeSumArguments a) {
+  const Chunk chunk(a.groups);
+  if (!chunk.exists()) return;
+  const double z = chunk.group.count > 0 ? double(a.scales.zero_at(a.paths, chunk.group.begin)) : 0.0;
+  const double sum = sum_of(chunk.count, [&](int64_t k) {
+    const int64_t i = chunk.at(k);
     return double(a.grad.load(a.paths, i)) * (double(a.codes.load(a.paths, i)) - z);
   });
-  if (thread() % kTeam == 0) a.sums[item] = sum;
+  chunk.put(sum, a.sums);
 }
 
 struct TotalArguments {
@@ -286,19 +327,13 @@ struct LearnedArguments {
   Paths paths;
 };
 
-/// LSQ: `number` is the factor. TQT: it is the domain; the range is [-domain, domain - 1], the scale 2^ceil(t) /
-/// domain.
+/// LSQ: `number` is the factor. TQT: it is the domain.
 QUARK_KERNEL(kThreads) read_learned(QUARK_ARGUMENT const LearnedArguments a) {
   if (thread() != 0) return;
   const float number = a.number.load(a.paths, 0);
-  if (!a.threshold.data) {
-    *a.learned = {double(number), 1.0f, a.lo, a.hi};
-    return;
-  }
-  constexpr double kLn2 = 0.69314718055994530942;
-  const bool is_domain = number >= 1.0f && number <= 0x1p22f && float(int32_t(number)) == number;
-  const float s = is_domain ? threshold_scale(a.threshold.load(a.paths, 0), number) : float_of(kNaN);
-  *a.learned = {double(s) * kLn2, s, -number, number - 1.0f};
+  const bool is_threshold = a.threshold.data != nullptr;
+  *a.learned = is_threshold ? learned_of_threshold(a.threshold.load(a.paths, 0), number)
+                            : Learned{double(number), 1.0f, a.lo, a.hi};
 }
 
 // ---- searches -----------------------------------------------------------------------------------------------------
@@ -317,14 +352,13 @@ struct SearchArguments {
 
 /// Counts the keys of every chunk that are less than what has been found with the bit set.
 QUARK_KERNEL(kThreads) count_keys(QUARK_ARGUMENT const SearchArguments a) {
-  const int64_t item = team(), chunks = a.groups.chunks, index = divide(item, chunks);
-  if (index >= a.groups.count) return;
-  const Group group(a.groups, index);
-  const int64_t begin = (item - index * chunks) * kChunk, end = min(begin + kChunk, group.count);
+  const Chunk chunk(a.groups);
+  if (!chunk.exists()) return;
+  const int64_t index = chunk.group.index;
   const uint32_t below = a.below[index] | a.bit, above = a.above[index] | a.bit;
   uint32_t lesser = 0, less = 0;
-  for (int64_t k = begin + thread() % kTeam; k < end; k += kTeam) {
-    const float x = a.x.load(a.paths, group.at(k));
+  for (int64_t k = thread() % kTeam; k < chunk.count; k += kTeam) {
+    const float x = a.x.load(a.paths, chunk.at(k));
     less += (a.is_symmetric ? magnitude_key(x) : above_zero(x)) < above ? 1 : 0;
     lesser += below_zero(x) < below ? 1 : 0;
   }
@@ -336,21 +370,10 @@ QUARK_KERNEL(kThreads) count_keys(QUARK_ARGUMENT const SearchArguments a) {
 QUARK_KERNEL(kThreads) decide_bit(QUARK_ARGUMENT const SearchArguments a) {
   const int64_t index = block() * kThreads + thread();
   if (index >= a.groups.count) return;
-  const int64_t n = Group(a.groups, index).count;
-  // Nearest rank: the least value that so many percent of the group don't exceed.
-  const double exact = a.part * double(n);
-  auto rank = int64_t(exact);
-  if (double(rank) < exact) ++rank;
-  const int64_t wanted = rank < 1 ? 1 : min(rank, n);
+  const int64_t wanted = percentile_rank(a.part, Group(a.groups, index).count);
   if (int64_t(a.less[index]) < wanted) a.above[index] |= a.bit;
   if (int64_t(a.lesser[index]) < wanted) a.below[index] |= a.bit;
   a.less[index] = a.lesser[index] = 0;
-}
-
-/// Whether a group's extremes leave something to search.
-QUARK_DEVICE bool is_searched(const Extremes& e) {
-  const uint32_t most = max(e.low, e.high);
-  return most > 0 && most < kInfinity;
 }
 
 /// The percentiles instead of the extremes, where there is something to search.
@@ -375,21 +398,17 @@ struct ErrorArguments {
 
   QUARK_DEVICE Extremes extremes(int64_t index) const { return {low[index], high[index]}; }
   /// The scale of that share of the extremes.
-  QUARK_DEVICE ScaleAndZero scale(int64_t index) const {
-    return scale_of({bits_of(float_of(low[index]) * share), bits_of(float_of(high[index]) * share)});
-  }
+  QUARK_DEVICE ScaleAndZero scale(int64_t index) const { return scale_of(extremes(index) * share); }
 };
 static_assert(sizeof(ErrorArguments) <= 4096, "a kernel's arguments have 4 KiB");
 
 /// The squared error that a share of the extremes leaves, of every chunk.
 QUARK_KERNEL(kThreads) error_chunks(QUARK_ARGUMENT const ErrorArguments a) {
-  const int64_t item = team(), chunks = a.groups.chunks, index = divide(item, chunks);
-  if (index >= a.groups.count) return;
-  const Group group(a.groups, index);
-  const int64_t begin = (item - index * chunks) * kChunk;
-  const ScaleAndZero r = a.scale(index);
-  const double sum = sum_of(min(int64_t(kChunk), group.count - begin), [&](int64_t k) {
-    const float x = a.x.load(a.paths, group.at(begin + k));
+  const Chunk chunk(a.groups);
+  if (!chunk.exists()) return;
+  const ScaleAndZero r = a.scale(chunk.group.index);
+  const double sum = sum_of(chunk.count, [&](int64_t k) {
+    const float x = a.x.load(a.paths, chunk.at(k));
     const float y = with_order<FakeQuantizeBody>(a.order, [&]<Arithmetic A, Rounding R>() -> float {
       return FakeQuantizeBody::apply<A, R>(x, x, r.scale, float(r.zero_point), float_of(kMaxFinite), 0u,
                                            a.scale_of.grid);
@@ -397,7 +416,7 @@ QUARK_KERNEL(kThreads) error_chunks(QUARK_ARGUMENT const ErrorArguments a) {
     const double d = double(y) - double(x);
     return d * d;
   });
-  if (thread() % kTeam == 0) a.sums[item] = sum;
+  chunk.put(sum, a.sums);
 }
 
 /// Keeps the scale of a share whose error is less than that of those before.

@@ -216,7 +216,7 @@ class Elements {
     const ElementArguments& e = *arguments_;
     const CodeForm& form = x_.is_code ? e.x.form : e.out.form;
     const uint32_t bits = form.is_packed ? form.bits : 8u;
-    const float largest = form.is_fixed_point ? float(1u << bits) * form.step : e.grid.hi;
+    const float largest = form.is_fixed_point ? form.largest_of(bits) : e.grid.hi;
     return {e,
             false,
             0,
@@ -324,19 +324,6 @@ Status unpack(Tensors in, Tensors out, const QuantSpec& spec, Queue& queue) {
 
 // ---- scales -------------------------------------------------------------------------------------------------------
 
-/// The walk from an element to its group's number.
-Walk group_walk(const TensorView& x, const QuantSpec& spec) {
-  TensorView numbers;
-  numbers.rank = x.rank;
-  int64_t step = 1;
-  for (int d = x.rank - 1; d >= 0; --d) {
-    numbers.shape[d] = scale_length(x.shape[d], spec.block[d]);
-    numbers.strides[d] = step;
-    step *= numbers.shape[d];
-  }
-  return scale_walk(numbers, x.shape, spec);
-}
-
 /// Raises low and high, whose entries are `step` apart and 0, to the keys of every group.
 void raise_extremes(Call& call, const TensorView& x, const QuantSpec& spec, KeyKind key, uint32_t* low, uint32_t* high,
                     int64_t step) {
@@ -384,12 +371,11 @@ class Scales {
   }
 
  private:
-  int64_t team_threads() const { return groups_.count * groups_.chunks * kTeam; }
-
   void by_percentile() {
     const int64_t n = groups_.count;
     auto* counts = call_.scratch<uint64_t>(2 * n);
     auto* found = call_.scratch<uint32_t>(2 * n);
+    if (!found) return;
     call_.clear(counts, 2 * n * 8);
     call_.clear(found, 2 * n * 4);
     Paths paths;
@@ -399,7 +385,7 @@ class Scales {
                               spec_.symmetric, paths};
     for (int bit = 30; bit >= 0; --bit) {
       arguments.bit = 1u << bit;
-      call_.launch(&count_keys, team_threads(), arguments);
+      call_.launch(&count_keys, team_threads(groups_), arguments);
       call_.launch(&decide_bit, n, arguments);
     }
     call_.launch(&take_percentiles, n, arguments);
@@ -435,20 +421,20 @@ int64_t sums_room(int64_t scales, int64_t chunks) {
 }
 
 void Scales::by_error() {
-  constexpr int kCandidates = 80;  // shares of the extremes: 1, 0.99, ... 0.21
   const int64_t n = groups_.count;
   auto* sums = call_.scratch<double>(sums_room(n, groups_.chunks));
   auto* least = call_.scratch<double>(n);
+  if (!least) return;
   Paths paths;
   const Array values(x_, paths);
   const Order order = order_of<FakeQuantizeBody>(spec_, x_.dtype, out_.zero_point != nullptr);
   ErrorArguments arguments{groups_,           values, low_, high_, 1.0f, scale_of_,
                            ScaleWriter(out_), order,  sums, least, true, paths};
-  for (int i = 0; i < kCandidates; ++i) {
-    arguments.share = float(100 - i) / 100.0f;
+  for (int i = 0; i < kShares; ++i) {
+    arguments.share = share_of(i);
     arguments.is_first = i == 0;
     arguments.sums = sums;
-    call_.launch(&error_chunks, team_threads(), arguments);
+    call_.launch(&error_chunks, team_threads(groups_), arguments);
     arguments.sums = const_cast<double*>(fold(call_, sums, n, groups_.chunks));
     call_.launch(&compare_errors, n, arguments);
   }
@@ -531,8 +517,8 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Queue
   TensorView none;
   const ScaleArrays scales({&none, nullptr, nullptr, in.size() > 2 ? &in[2] : nullptr}, grad.shape, spec, paths);
   auto* sums = call.scratch<double>(sums_room(groups.count, groups.chunks));
-  call.launch(&dequantize_chunks, groups.count * groups.chunks * kTeam,
-              {groups, Array(), grads, Array(), codes, scales, Order(), Grid(), nullptr, sums, paths});
+  if (!sums) return call.status();
+  call.launch(&dequantize_chunks, team_threads(groups), {groups, grads, codes, scales, sums, paths});
   finish(call, sums, groups, nullptr, out[0]);
   return call.status();
 }
@@ -548,7 +534,7 @@ Learned* learned_of(Call& call, const TensorView& n, const TensorView* threshold
 }
 
 /// learn_vectors; null where it doesn't serve.
-void (*learn_kernel(Tensors in, Tensors out, const Groups& groups, const QuantSpec& spec))(TermArguments) {
+void (*learn_kernel(Tensors in, Tensors out, const Groups& groups, const QuantSpec& spec))(LearnArguments) {
   const DType dtype = in[0].dtype;
   const bool is_near = spec.rounding == Rounding::half_even && !spec.shifted;
   const bool has_fours = groups.are_runs && groups.are_alike && in[0].elements() / groups.count % kOwnLanes == 0;
@@ -571,11 +557,10 @@ void learn(Call& call, Tensors in, Tensors out, const TensorView& scale, const L
   const Array values(x, paths), grad(in[1], paths), dx(out[0], paths);
   const ScaleArrays scales({&scale, nullptr, nullptr, in.size() > 4 ? &in[4] : nullptr}, x.shape, spec, paths);
   auto* sums = call.scratch<double>(sums_room(groups.count, groups.chunks));
-  const TermArguments terms{groups,          values,  grad, dx,   Numbers(x, paths), scales, slope_order_of(spec),
-                            make_grid(spec), learned, sums, paths};
-  const int64_t threads = groups.count * groups.chunks * kTeam;
+  if (!sums) return;
   const auto kernel = learn_kernel(in, out, groups, spec);
-  call.launch(kernel ? kernel : &learn_chunks, threads, terms);
+  call.launch(kernel ? kernel : &learn_chunks, team_threads(groups),
+              {groups, values, grad, dx, scales, slope_order_of(spec), make_grid(spec), learned, sums, paths});
   finish(call, sums, groups, learned, out[1]);
 }
 

@@ -77,10 +77,7 @@ struct DequantizeVectors {
   static constexpr bool kReadsCodes = true, kWritesCodes = false;
 };
 
-/// The code of a minifloat. NaN is 0 where it has no code.
-QUARK_DEVICE uint32_t code_of(float y, const Grid& g) {
-  return encode(is_nan(y) ? float_of(bits_of(y) & g.kept_nan) : y, g);
-}
+QUARK_DEVICE uint32_t code_of(float y, const Grid& g) { return encode_or_zero(y, g); }
 QUARK_DEVICE uint32_t code_of(int32_t code, const Grid&) { return uint32_t(code); }
 
 /// Eight codes of four bits as bytes.
@@ -118,11 +115,9 @@ class Vectors {
     if constexpr (Body::kReadsCodes) {
       const auto* from = static_cast<const uint8_t*>(a_.each.x.array.data) + i * a_.bits / 8;
       const Raw<2> codes = a_.bits == 8 ? load_words<Raw<2>>(from) : spread(load_words<Raw<1>>(from).word[0]);
-      const CodeForm& form = a_.each.x.form;
-      const uint32_t top = form.is_signed ? 1u << (a_.bits - 1) : 0u;
       for (int j = 0; j < kVector; ++j) {
         const uint32_t code = codes.word[j / 4] >> (j % 4 * 8) & 0xffu;
-        x[j] = kIsFixed ? float(int32_t((code ^ top) - top)) * form.step : decode(code, g_);
+        x[j] = kIsFixed ? a_.each.x.form.number_of(code, a_.bits) : decode(code, g_);
       }
     } else {
       const auto raw = load_words<RawOf<T>>(static_cast<const T*>(a_.each.x.array.data) + i);
@@ -142,7 +137,7 @@ class Vectors {
   /// What becomes of a vector whose elements have one scale.
   QUARK_DEVICE void apply(int64_t i, const float* x, float s, float z) const {
     float largest = a_.largest;
-    if constexpr (!Body::kReadsCodes) largest = magnitude(g_.lo) > g_.hi ? magnitude(g_.lo) : g_.hi;
+    if constexpr (!Body::kReadsCodes) largest = largest_of(g_);
     if (!is_ordinary(s, z, largest, a_.each.limit)) {
       return one_by_one(i, x, [=](int) { return Scale{s, z}; });
     }
@@ -291,20 +286,16 @@ each_row(QUARK_ARGUMENT const VectorArguments a) {
 /// runs of one length, a multiple of kOwnLanes: a thread's lanes at once.
 template <class T>
 QUARK_KERNEL(kThreads)
-learn_vectors(QUARK_ARGUMENT const TermArguments a) {
+learn_vectors(QUARK_ARGUMENT const LearnArguments a) {
   using Four = Raw<kOwnLanes* int(sizeof(T)) / 4>;
   constexpr int kAtOnce = 4;  // steps of a team whose numbers are read before anything is computed
-  const int64_t item = team(), chunks = a.groups.chunks, index = divide(item, chunks);
-  if (index >= a.groups.count) return;
-  const Group group(a.groups, index);
-  const int64_t begin = (item - index * chunks) * kChunk;
-  const int64_t n = min(int64_t(kChunk), group.count - begin);
+  const Chunk chunk(a.groups);
+  if (!chunk.exists()) return;
   Grid g = a.grid;
   g.lo = a.learned->lo, g.hi = a.learned->hi;
-  const float s = a.scales.scale_at(a.paths, group.begin), z = a.scales.zero_at(a.paths, group.begin);
-  const float largest = magnitude(g.lo) > magnitude(g.hi) ? magnitude(g.lo) : magnitude(g.hi);
-  const bool is_small = is_ordinary(1.0f, z, largest, float_of(kMaxFinite));
-  const int64_t first = group.begin + begin + thread() % kTeam * kOwnLanes, end = group.begin + begin + n;
+  const int64_t begin = chunk.at(0), first = begin + thread() % kTeam * kOwnLanes, end = begin + chunk.count;
+  const float s = a.scales.scale_at(a.paths, begin), z = a.scales.zero_at(a.paths, begin);
+  const bool is_small = is_ordinary(1.0f, z, largest_of(g), float_of(kMaxFinite));
   double lane[kOwnLanes] = {};
   for (int64_t at = first; at < end; at += kAtOnce * kLanes) {
     Four x[kAtOnce], grad[kAtOnce];
@@ -330,8 +321,7 @@ learn_vectors(QUARK_ARGUMENT const TermArguments a) {
       store_words(static_cast<T*>(a.dx.data) + i, raw);
     }
   }
-  const double sum = fold_lanes(lane);
-  if (thread() % kTeam == 0) a.sums[item] = sum;
+  chunk.put(fold_lanes(lane), a.sums);
 }
 
 }  // namespace

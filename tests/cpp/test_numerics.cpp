@@ -1175,8 +1175,8 @@ TEST(slope_of) {
   known(shifted(kInf, 5, 1, -kInf, int4), 0, 0, 0);
 }
 
-TEST(threshold_scale) {
-  const auto scale = quark::QUARK_LEVEL::threshold_scale;
+TEST(learned_of_threshold) {
+  const auto scale = [](float t, float domain) { return quark::QUARK_LEVEL::learned_of_threshold(t, domain).scale; };
   std::vector<float> all = specials();
   for (int t = -160; t <= 140; ++t) push_near(all, float(t));
   for (const float domain : {1.0f, 2.0f, 3.0f, 127.0f, 128.0f, 32768.0f, 0x1p22f - 1, 0x1p22f}) {
@@ -1191,6 +1191,12 @@ TEST(threshold_scale) {
   CHECK_EQ(scale(-0.999f, 128), 0x1p-7f);
   CHECK_EQ(scale(kInf, 1), 0x1p127f);
   CHECK_EQ(scale(-kInf, 0x1p22f), 0x1p-148f);
+  for (const float domain : {0.0f, -1.0f, 0.5f, 2.5f, 0x1p22f + 1, kInf, nan_of(false)})
+    CHECK(std::isnan(scale(0, domain)));
+  const quark::QUARK_LEVEL::Learned learned = quark::QUARK_LEVEL::learned_of_threshold(1.5f, 128);
+  CHECK_EQ(learned.factor, 0x1p-5 * std::log(2.0));
+  CHECK_EQ(learned.lo, -128.0f);
+  CHECK_EQ(learned.hi, 127.0f);
 }
 
 TEST(bounds_keep_the_largest_bits_of_each_sign) {
