@@ -28,7 +28,7 @@ test-python: $(VENV)/.installed $(VENV)/.test-tools
 	QUARK_TRANSFORMS_JSON=$(VENV)/transforms.json $(BIN)/python -m pytest $(PARALLEL) $(addprefix tests/,$(TESTS))
 
 # Core and JAX on another Python, for which there is one wheel of the stable ABI.
-PYTHON312 ?= $(or $(shell command -v python3.12),$(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)))
+PYTHON312 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),$(shell command -v python3.12))
 
 test-312:
 	@test -n "$(PYTHON312)" || { echo "no Python 3.12 on this machine: PYTHON312=..." >&2; exit 1; }
@@ -160,8 +160,8 @@ bench: $(VENV)/.installed
 	$(PIP) matplotlib
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
-# Another Python, one wheel under every supported jaxlib, the C++ tests under sanitizers, and the GPU's kernels: all Python tests of the
-# operators on the simulated one, under sanitizers, with planted bugs, and the code for every device.
+# Another Python, one wheel under every supported jaxlib, the C++ tests under sanitizers, and the GPU's kernels: all
+# Python tests of the operators on the simulated one, under sanitizers, with planted bugs, and the code for every device.
 harden: $(VENV)/.installed
 	$(MAKE) test-cpp PRESET=asan
 	$(MAKE) test-312
