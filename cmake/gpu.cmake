@@ -46,10 +46,10 @@ function(quark_add_platform platform namespace)
   add_library(${target} OBJECT ${source})
   set_source_files_properties(${source} PROPERTIES LANGUAGE ${platform})
   set_target_properties(${target} PROPERTIES
-    ${platform}_ARCHITECTURES "${QUARK_${platform}_ARCHITECTURES}" ${platform}_STANDARD 20
-    ${platform}_STANDARD_REQUIRED ON ${platform}_EXTENSIONS OFF ${platform}_VISIBILITY_PRESET hidden)
+    ${platform}_ARCHITECTURES "${QUARK_${platform}_ARCHITECTURES}" ${platform}_VISIBILITY_PRESET hidden)
   target_compile_definitions(${target} PRIVATE QUARK_LEVEL=${namespace})
-  target_compile_options(${target} PRIVATE ${ARGN})
+  # Not the property CUDA_STANDARD: CMake before 3.26 doesn't know of nvcc's C++20.
+  target_compile_options(${target} PRIVATE -std=c++20 ${ARGN})
   target_sources(quark_core PRIVATE $<TARGET_OBJECTS:${target}>)
   target_compile_definitions(quark_core PRIVATE QUARK_WITH_${platform})
 endfunction()

@@ -93,7 +93,8 @@ inline void check_alignment(const void* address, uintptr_t bytes) {
 }
 #endif
 
-/// A struct of words, as many as possible with one instruction. Memory is aligned to it, up to 16 bytes.
+/// A struct of words, as many as possible with one instruction. Memory is aligned to it, up to 16 bytes, and may be of
+/// any type.
 template <class Words>
 QUARK_DEVICE Words load_words(const void* from) {
   constexpr int kCount = sizeof(Words) / 4, kPart = kCount < 4 ? kCount : 4;
@@ -102,7 +103,7 @@ QUARK_DEVICE Words load_words(const void* from) {
   check_alignment(from, 4 * kPart);
   std::memcpy(&words, from, sizeof(words));
 #else
-  struct alignas(4 * kPart) Part {
+  struct alignas(4 * kPart) [[gnu::may_alias]] Part {
     uint32_t word[kPart];
   };
   for (int i = 0; i < kCount; i += kPart) {
@@ -119,7 +120,7 @@ QUARK_DEVICE void store_words(void* to, const Words& words) {
   check_alignment(to, 4 * kPart);
   std::memcpy(to, &words, sizeof(words));
 #else
-  struct alignas(4 * kPart) Part {
+  struct alignas(4 * kPart) [[gnu::may_alias]] Part {
     uint32_t word[kPart];
   };
   for (int i = 0; i < kCount; i += kPart) {
