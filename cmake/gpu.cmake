@@ -33,6 +33,9 @@ foreach(platform CUDA HIP)
     enable_language(${platform})
   endif()
 endforeach()
+if(CMAKE_CUDA_COMPILER AND NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")  # which CMake before 3.26 doesn't know of nvcc
+endif()
 
 # kernels.cu as one object library: only a platform's own compiler sees it.
 function(quark_add_platform platform namespace)
@@ -46,10 +49,10 @@ function(quark_add_platform platform namespace)
   add_library(${target} OBJECT ${source})
   set_source_files_properties(${source} PROPERTIES LANGUAGE ${platform})
   set_target_properties(${target} PROPERTIES
-    ${platform}_ARCHITECTURES "${QUARK_${platform}_ARCHITECTURES}" ${platform}_VISIBILITY_PRESET hidden)
+    ${platform}_ARCHITECTURES "${QUARK_${platform}_ARCHITECTURES}" ${platform}_STANDARD 20
+    ${platform}_STANDARD_REQUIRED ON ${platform}_EXTENSIONS OFF ${platform}_VISIBILITY_PRESET hidden)
   target_compile_definitions(${target} PRIVATE QUARK_LEVEL=${namespace})
-  # Not the property CUDA_STANDARD: CMake before 3.26 doesn't know of nvcc's C++20.
-  target_compile_options(${target} PRIVATE -std=c++20 ${ARGN})
+  target_compile_options(${target} PRIVATE ${ARGN})
   target_sources(quark_core PRIVATE $<TARGET_OBJECTS:${target}>)
   target_compile_definitions(quark_core PRIVATE QUARK_WITH_${platform})
 endfunction()
