@@ -13,8 +13,8 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-312 test-peers test-cpp test-clang test-simt test-simt-races test-gpu-build lint format \
-  generated bench harden clean
+.PHONY: demo test test-python test-312 test-peers test-cpp test-clang test-simt test-simt-races test-simt-memory \
+  test-gpu-build lint format generated bench harden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
@@ -106,6 +106,15 @@ test-simt-races: $(VENV)/.test-tools
 	    build/simt-tsan/tests/cpp/test_kernels $$test || exit 1; \
 	done
 
+# Memory: the same few tests under the sanitizers of addresses and undefined behaviour.
+test-simt-memory: $(VENV)/.test-tools
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset simt-asan
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset simt-asan --target test_kernels
+	for test in $(SIMT_RACES) vectors; do \
+	  QUARK_TEST_LEVEL=simt QUARK_TEST_CALLS=$(SIMT_CALLS) UBSAN_OPTIONS=halt_on_error=1 \
+	    build/simt-asan/tests/cpp/test_kernels $$test || exit 1; \
+	done
+
 # The module with these kernels, beside the packages of the other environment.
 $(VENV)/.simt: $(VENV)/.installed $(VENV)/.test-tools
 	$(PIP) 'scikit-build-core>=0.10' 'nanobind>=2.9' 'apache-tvm-ffi>=0.1.7'
@@ -120,16 +129,18 @@ $(VENV)/.simt: $(VENV)/.installed $(VENV)/.test-tools
 # And what the compilers made of the arithmetic.
 HIP_FOLDER := $(abspath build)/hip
 LINTED ?= --only 80 90 gfx942 gfx1100
+GPUS ?= $(if $(shell command -v nvcc),CUDA) HIP
 
 test-gpu-build: $(VENV)/.installed $(VENV)/.test-tools
 	$(PIP) 'scikit-build-core>=0.10' 'nanobind>=2.9' 'apache-tvm-ffi>=0.1.7'
+	mkdir -p build
 	scripts/setup_hip.sh $(HIP_FOLDER) > build/hip-arguments
 	rm -rf build/gpu-package
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --target build/gpu-package . \
-	  -C build-dir=build/gpu -C cmake.define.QUARK_CUDA=ON -C cmake.define.QUARK_HIP=ON \
+	  -C build-dir=build/gpu $(foreach platform,$(GPUS),-C cmake.define.QUARK_$(platform)=ON) \
 	  $$(sed -n 's/^-D\(.*\)/-C cmake.define.\1/p' build/hip-arguments)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/device_code.py build/gpu build/gpu-code $(LINTED)
-	PYTHONPATH=build/gpu-package $(BIN)/python -P tests/no_device.py
+	PYTHONPATH=build/gpu-package $(BIN)/python -P tests/no_device.py $(GPUS)
 
 # ---- style -----------------------------------------------------------------------------------------------------------
 
@@ -172,6 +183,7 @@ harden: $(VENV)/.installed
 	done
 	$(MAKE) test-cpp PRESET=simt-asan
 	$(MAKE) test-simt-races SIMT_CALLS=1000 SIMT_RACES="$(SIMT_RACES) vectors"
+	$(BIN)/python scripts/one_nan.py
 	$(BIN)/python scripts/mutate_gpu.py
 	$(MAKE) test-gpu-build LINTED=
 

@@ -44,7 +44,7 @@ from report import Row, Run
 DTYPES = ("bfloat16", "float32")
 SIZES = (256, 1024)  # MiB
 ROWS, DYNAMIC, STOCHASTIC, LEARNED = 0.90, 0.85, 0.75, 0.80  # targets: the least share of a copy's GB/s
-BEYOND_EMPTY = 2.0  # µs: the most that a call on few elements takes longer than an empty launch
+BEYOND_EMPTY = 2.0  # µs: the most that a call on few elements takes longer than torch's smallest kernel
 
 CHECKED = 1 << 20  # elements that CPU and GPU are compared on
 FOOTPRINT = GIB  # bytes that calls go over before they come back to the same: four times the largest cache

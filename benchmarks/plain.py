@@ -82,7 +82,7 @@ class Torch:
         r = self.round(v)
         inside = (lo <= r) & (r <= hi)
         of_scale = self.torch.where(inside, r - v, self.clip(r, lo, hi))
-        return self.torch.where(inside, g, 0), (g * of_scale).sum(-1, dtype=self.torch.float64)
+        return self.torch.where(inside, g, 0), (g * of_scale).sum(-1)
 
 
 class Jnp:

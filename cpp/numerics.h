@@ -19,6 +19,7 @@
 #endif
 #if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
 #define QUARK_ON_GPU
+#define QUARK_ONE_NAN
 #endif
 // A fused multiply-add is one instruction. Some quotients and products take fewer steps with it; their bits are the
 // same without, as compiling with QUARK_NO_FMA does.
@@ -64,6 +65,15 @@ QUARK_INLINE bool is_nan(float x) { return x != x; }
 QUARK_INLINE bool is_finite(float x) { return (bits_of(x) & ~kSign) < kInfinity; }
 /// The one NaN that is ever written, with the sign of x.
 QUARK_INLINE float nan_like(float x) { return float_of(kNaN | sign_of(x)); }
+/// A result that may be NaN. CPUs hand on the NaN of an operand; NVIDIA's GPUs compute one of their own, so there
+/// `nan`, what the operand's is, takes its place.
+QUARK_INLINE float with_nan(float y, [[maybe_unused]] float nan) {
+#if defined(QUARK_ONE_NAN)
+  return is_nan(y) ? nan : y;
+#else
+  return y;
+#endif
+}
 /// NaN passes through; never fminf/fmaxf, which drop it.
 QUARK_INLINE float clamp(float x, float lo, float hi) {
   x = x < lo ? lo : x;
@@ -292,15 +302,17 @@ QUARK_INLINE float quantize_value(float x, float s, float z, uint32_t random, co
   const float v = quotient<A>(x, s);
   if constexpr (A == Arithmetic::integer) {
     const float t = is_nan(v) ? float_of(g.nan) : v;
-    return round_small_to_integer<R>(clamp(t, g.lo, g.hi), random) + 0.0f;  // -0 becomes +0
+    const float y = round_small_to_integer<R>(clamp(t, g.lo, g.hi), random) + 0.0f;  // -0 becomes +0
+    return with_nan(y, float_of(kNaN));
   }
   if constexpr (adds_before(A)) {
     const float t = (is_nan(v) ? float_of(g.nan) : v) + z;
-    return round_to_integer<R>(clamp(is_nan(t) ? float_of(g.nan) : t, g.lo, g.hi)) + 0.0f;
+    return with_nan(round_to_integer<R>(clamp(is_nan(t) ? float_of(g.nan) : t, g.lo, g.hi)) + 0.0f, float_of(kNaN));
   }
   if constexpr (has_zero(A)) {
     const float t = is_nan(v) ? float_of(g.nan) : v;
-    return clamp(round_to_integer<R>(t, random) + z, g.lo, g.hi) + 0.0f;  // as z may be -0
+    const float y = clamp(round_to_integer<R>(t, random) + z, g.lo, g.hi) + 0.0f;  // as z may be -0
+    return with_nan(y, float_of(kNaN));
   }
   float y = v;
   if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, g.lo, g.hi), random, g);
@@ -520,7 +532,7 @@ QUARK_INLINE float round_ordinary(float x, uint32_t random, const OrdinaryScale&
     return float_of(bits_of(m) | sign_of(x)) + g.plus_zero;
   }
   // As in round_to_grid, but the anchor is 1.5 times a power of two, so that it serves both signs. It loses that of 0,
-  // and that of a NaN is the processor's choice.
+  // and that of a NaN is the processor's.
   const float anchor = float_of(anchor_of(e, g));
   const uint32_t keeps = bits_of(g.plus_zero);  // the sign
   return float_of((bits_of(x) & keeps) | (bits_of((v + anchor) - anchor) & ~keeps));
@@ -542,7 +554,7 @@ struct QuantizeOrdinary {
   static QUARK_INLINE auto apply(float x, uint32_t random, const OrdinaryScale& k, const Grid& g) {
     constexpr bool kIsRandom = R == Rounding::stochastic;
     if constexpr (!kIsFixed) {
-      if constexpr (!kIsRandom) return round_ordinary<false, R>(x, random, k, g);
+      if constexpr (!kIsRandom) return with_nan(round_ordinary<false, R>(x, random, k, g), nan_like(x));
       const float y = round_ordinary<false, R>(is_nan(x) ? 0.0f : x, random, k, g);
       return is_nan(x) ? nan_like(x) : y;
     } else {
@@ -558,7 +570,7 @@ struct DequantizeOrdinary {
   template <bool kIsFixed, Rounding R>
   static QUARK_INLINE float apply(float y, uint32_t, const OrdinaryScale& k, const Grid&) {
     if constexpr (kIsFixed) return (y - k.z) * k.s;
-    return y * k.s;
+    return with_nan(y * k.s, nan_like(y));
   }
 };
 

@@ -554,6 +554,7 @@ Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& q
     batch.examples->move_to(i);
     const Status s = platform.kernels[int(op)](batch.examples->in(), batch.examples->out(), batch.spec, queue);
     if (!s.ok()) return s;
+    queue.release();
   }
   return {};
 }

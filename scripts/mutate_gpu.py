@@ -91,6 +91,13 @@ def compile_command(build: Path) -> list[str]:
     sys.exit(f"{build} has no simulated GPU: make test-cpp PRESET=simt")
 
 
+def link(build: Path, level: Path, program: Path) -> None:
+    """Make a program of a build's test_kernels with another level.cpp.o."""
+    tests = build / "tests/cpp/CMakeFiles/test_kernels.dir/test_kernels.cpp.o"
+    libraries = [str(build / "libquark_core.a"), "-lpthread", "-ldl"]
+    subprocess.run(["c++", str(tests), str(level), *libraries, "-o", str(program)], check=True)
+
+
 def survives(mutant: Mutant, build: Path, calls: int) -> str | None:
     """Return None where a test notices the mutant, else why it wasn't noticed."""
     source = (ROOT / "cpp/gpu" / mutant.file).read_text()
@@ -105,18 +112,7 @@ def survives(mutant: Mutant, build: Path, calls: int) -> str | None:
         compiled = [*compile_command(build), "-O1", "-Wno-error", "-w", "-c", str(ROOT / "tests/cpp/simt/level.cpp")]
         compiled.insert(1, f"-I{folder / 'cpp'}")
         subprocess.run([*compiled, "-o", str(level)], check=True)
-        tests = build / "tests/cpp/CMakeFiles/test_kernels.dir/test_kernels.cpp.o"
-        linked = [
-            "c++",
-            str(tests),
-            str(level),
-            str(build / "libquark_core.a"),
-            "-lpthread",
-            "-ldl",
-            "-o",
-            str(program),
-        ]
-        subprocess.run(linked, check=True)
+        link(build, level, program)
         environment = {**os.environ, "QUARK_TEST_LEVEL": "simt", "QUARK_TEST_CALLS": str(calls)}
         for test in mutant.tests or ("",):
             done = subprocess.run([program, test], env=environment, capture_output=True, check=False)

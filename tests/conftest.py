@@ -14,6 +14,7 @@ import frontends
 import transforms
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch's arrays are on the same GPU
 
 _MAKERS = {"core": frontends.Core, "torch": frontends.Torch, "jax": frontends.Jax}
 _made: dict[str, Any] = {}

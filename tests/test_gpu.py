@@ -117,7 +117,7 @@ def test_learned_scales(torch: Any, axis: int | None) -> None:
         x = torch.linspace(-3, 3, 2**20).reshape(1024, 1024).to(device).requires_grad_()
         n = 1 if axis is None else 1024
         s = torch.full((n,) if n > 1 else (), 0.03, device=device).requires_grad_()
-        y = quark().lsq_quantize(x, s, "int4", axis=axis) if axis is not None else quark().lsq_quantize(x, s, "int4")
+        y = quark().lsq_quantize(x, s, quant_min=-8, quant_max=7, axis=axis)
         grads.append(torch.autograd.grad((y * y).sum() / 2, (x, s)))
     assert all(same(a, b) for a, b in zip(*grads, strict=True))
 
@@ -137,11 +137,15 @@ def test_long_arrays(torch: Any) -> None:
 # ---- streams ---------------------------------------------------------------------------------------------------------
 
 
+RANDOM = QuantSpec("int8", rounding="stochastic")
 CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "given": lambda x, s: quark().fake_quantize(x, "int8", scale=s),
     "per tensor": lambda x, s: quark().fake_quantize(x, "int8"),
     "mxfp4": lambda x, s: quark().quantize(x, PRESETS["mxfp4"]).qvalue,
     "nvfp4": lambda x, s: quark().quantize(x, PRESETS["nvfp4"]).qvalue,
+    "numbers": lambda x, s: quark().fake_quantize(x, RANDOM, scale=0.05, zero_point=3, seed=7),
+    "lsq": lambda x, s: quark().lsq_quantize(x, s, quant_min=-8, quant_max=7),
+    "tqt": lambda x, s: quark().tqt_quantize(x, s, bits=4),
     "mse": lambda x, s: quark().choose_qparams(x, "int8", method="mse")[0],
 }
 
@@ -164,7 +168,11 @@ def test_the_current_stream(torch: Any) -> None:
     """A call waits for what its stream is doing, and for nothing else."""
     s, x = torch.tensor(0.05, device="cuda"), torch.zeros(2**20, device="cuda")
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        quark().fake_quantize(x.fill_(0.5), "int8", scale=s)  # the first call loads the kernel, and waits
+        torch.cuda._sleep(0)
+        stream.synchronize()
         torch.cuda._sleep(50_000_000)
         x.fill_(1.0)
         y = quark().fake_quantize(x, "int8", scale=s)
@@ -196,6 +204,7 @@ def test_two_streams_and_two_threads(torch: Any) -> None:
 # ---- frameworks ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, in Inductor
 def test_torch_compile(torch: Any) -> None:
     x = torch.randn(256, 256, device="cuda")
     compiled = torch.compile(lambda v: quark().fake_quantize(v * 2, PRESETS["mxfp8_e4m3"]), fullgraph=True)
@@ -213,7 +222,7 @@ def test_several_devices(torch: Any) -> None:
 
 def test_interop_shares_memory(torch: Any) -> None:
     jax = pytest.importorskip("jax")
-    from quark_kernels import to_jax, to_torch
+    from quark_kernels.interop import to_jax, to_torch
 
     x = torch.randn(64, 64, device="cuda")
     q = quark().quantize(x, PRESETS["fp8_e4m3"])

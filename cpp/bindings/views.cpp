@@ -173,13 +173,17 @@ void* stream_of(const DLPackExchangeAPI* api, const TensorView& view) {
 }  // namespace
 
 FrameworkQueue::FrameworkQueue(nb::handle tensor, const TensorView& view)
-    : Queue(stream_of(exchange_api(tensor), view), view.device_number),
-      api_(exchange_api(tensor)),
-      device_(view.device) {}
+    : FrameworkQueue(exchange_api(tensor), view) {}
 
-FrameworkQueue::~FrameworkQueue() {
+FrameworkQueue::FrameworkQueue(const DLPackExchangeAPI* api, const TensorView& view)
+    : Queue(stream_of(api, view), view.device_number), api_(api), device_(view.device) {}
+
+FrameworkQueue::~FrameworkQueue() { release(); }
+
+void FrameworkQueue::release() {
   for (DLManagedTensorVersioned* block : blocks_)
     if (block->deleter) block->deleter(block);
+  blocks_.clear();
 }
 
 void* FrameworkQueue::scratch(int64_t bytes) {
@@ -190,8 +194,8 @@ void* FrameworkQueue::scratch(int64_t bytes) {
   wanted.dtype = {kDLUInt, 8, 1};
   wanted.shape = &bytes;
   DLManagedTensorVersioned* block = nullptr;
-  const auto ignore = [](void*, const char*, const char*) {};  // the caller says what there was no memory for
-  if (api_->managed_tensor_allocator(&wanted, &block, nullptr, ignore) != 0 || !block) return nullptr;
+  const auto keep = [](void* why, const char*, const char* message) { *static_cast<std::string*>(why) = message; };
+  if (api_->managed_tensor_allocator(&wanted, &block, &why_, keep) != 0 || !block) return nullptr;
   blocks_.push_back(block);
   return static_cast<char*>(block->dl_tensor.data) + block->dl_tensor.byte_offset;
 }

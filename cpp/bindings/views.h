@@ -23,8 +23,11 @@ class FrameworkQueue final : public Queue {
   ~FrameworkQueue() override;
 
   void* scratch(int64_t bytes) override;
+  void release() override;
 
  private:
+  FrameworkQueue(const DLPackExchangeAPI* api, const TensorView& view);
+
   const DLPackExchangeAPI* api_;
   Device device_;
   std::vector<DLManagedTensorVersioned*> blocks_;

@@ -148,31 +148,49 @@ XLA_FFI_Error* cpu_handler(XLA_FFI_CallFrame* frame) {
 /// XLA's stream, on the device that XLA has made the current one, and memory that XLA frees after the call.
 class XlaQueue final : public Queue {
  public:
-  XlaQueue(void* stream, ffi::ScratchAllocator& allocator) : Queue(stream, -1), allocator_(allocator) {}
+  XlaQueue(void* stream, ffi::ScratchAllocator* allocator) : Queue(stream, -1), allocator_(allocator) {}
 
-  void* scratch(int64_t bytes) override { return allocator_.Allocate(size_t(bytes), 256).value_or(nullptr); }
+  void* scratch(int64_t bytes) override {
+    return allocator_ ? allocator_->Allocate(size_t(bytes), 16).value_or(nullptr) : nullptr;
+  }
 
  private:
-  ffi::ScratchAllocator& allocator_;
+  ffi::ScratchAllocator* allocator_;
 };
 
 template <Op op, Device device>
-ffi::Error handle_on_gpu(void* stream, ffi::ScratchAllocator allocator, ffi::RemainingArgs arguments,
-                         ffi::RemainingRets results, std::string_view text) {
-  return handle(op, arguments, results, text, device, XlaQueue(stream, allocator));
+ffi::Error handle_with_scratch(void* stream, ffi::ScratchAllocator allocator, ffi::RemainingArgs arguments,
+                               ffi::RemainingRets results, std::string_view text) {
+  return handle(op, arguments, results, text, device, XlaQueue(stream, &allocator));
+}
+template <Op op, Device device>
+ffi::Error handle_on_gpu(void* stream, ffi::RemainingArgs arguments, ffi::RemainingRets results,
+                         std::string_view text) {
+  return handle(op, arguments, results, text, device, XlaQueue(stream, nullptr));
 }
 
 template <Op op, Device device>
 XLA_FFI_Error* gpu_handler(XLA_FFI_CallFrame* frame) {
-  static const auto* bound = ffi::Ffi::Bind()
-                                 .Ctx<ffi::PlatformStream<void*>>()
-                                 .Ctx<ffi::ScratchAllocator>()
-                                 .RemainingArgs()
-                                 .RemainingRets()
-                                 .Attr<std::string_view>("spec")
-                                 .To(handle_on_gpu<op, device>, {ffi::Traits::kCmdBufferCompatible})
-                                 .release();
-  return bound->Call(frame);
+  if constexpr (takes_scratch(op)) {
+    static const auto* bound = ffi::Ffi::Bind()
+                                   .Ctx<ffi::PlatformStream<void*>>()
+                                   .Ctx<ffi::ScratchAllocator>()
+                                   .RemainingArgs()
+                                   .RemainingRets()
+                                   .Attr<std::string_view>("spec")
+                                   .To(handle_with_scratch<op, device>)
+                                   .release();
+    return bound->Call(frame);
+  } else {
+    static const auto* bound = ffi::Ffi::Bind()
+                                   .Ctx<ffi::PlatformStream<void*>>()
+                                   .RemainingArgs()
+                                   .RemainingRets()
+                                   .Attr<std::string_view>("spec")
+                                   .To(handle_on_gpu<op, device>, {ffi::Traits::kCmdBufferCompatible})
+                                   .release();
+    return bound->Call(frame);
+  }
 }
 
 template <Op op>

@@ -1,5 +1,7 @@
 // The kernels of a GPU platform, as the rest of the core sees them: no vendor's word is here.
 #pragma once
+#include <string>
+
 #include "../ops.h"
 
 namespace quark {
@@ -16,14 +18,39 @@ class Queue {
   void* stream() const { return stream_; }
   int device() const { return device_; }
 
-  /// Memory on the device for what is enqueued until this object goes, aligned to 256 bytes; nullptr where it runs out.
-  /// Later work on the stream may get the same memory.
+  /// Memory on the device for what is enqueued until `release` or the end of this object, aligned to 16 bytes (XLA has
+  /// no more); nullptr where it runs out. Later work on the stream may get the same memory.
   virtual void* scratch(int64_t bytes) = 0;
+  /// What has been given is only needed by what has been enqueued.
+  virtual void release() {}
+
+  /// Why there was no memory, in the framework's words, if it has any.
+  const std::string& why() const { return why_; }
+
+ protected:
+  std::string why_;
 
  private:
   void* stream_;
   int device_;
 };
+
+/// Whether an operator may ask for scratch memory. Only calls of the others can be replayed from a recording (XLA's
+/// command buffers), as the memory is somebody else's by then.
+constexpr bool takes_scratch(Op op) {
+  switch (op) {
+    case Op::quantize:
+    case Op::quantize_values:
+    case Op::dequantize:
+    case Op::fake_quantize:
+    case Op::fake_quantize_backward:
+    case Op::extremes:
+    case Op::convert:
+    case Op::pack:
+    case Op::unpack: return false;
+    default: return true;
+  }
+}
 
 /// A kernel behind an operator; what it is given has been checked, but for the numbers in the tensors.
 using GpuKernel = Status (*)(Tensors in, Tensors out, const QuantSpec& spec, Queue& queue);

@@ -36,8 +36,9 @@ class Call {
     if (!status_.ok()) return nullptr;
     void* memory = queue_.scratch(n * int64_t(sizeof(T)) + 1);
     if (!memory)
-      keep({ErrorKind::memory, "out of memory on the GPU for " + std::to_string(n * int64_t(sizeof(T))) +
-                                   " bytes that the kernels need meanwhile"});
+      keep({ErrorKind::memory, "no memory on the GPU for " + std::to_string(n * int64_t(sizeof(T))) +
+                                   " bytes that the kernels need meanwhile" +
+                                   (queue_.why().empty() ? "" : ": " + queue_.why())});
     return static_cast<T*>(memory);
   }
 

@@ -261,6 +261,7 @@ each_row(QUARK_ARGUMENT const VectorArguments a) {
   QUARK_SHARED(uint32_t, highs, kThreads / 32);
   const Vectors<Body, kIsFixed, R, T> vectors(a);
   const int64_t begin = block() * a.row, end = begin + a.row;
+  if (begin >= a.each.first) return;
   Extremes e;
   float x[kVector];
   for (int64_t i = begin + thread() * kVector; i < end; i += kThreads * kVector) {

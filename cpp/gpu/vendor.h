@@ -59,7 +59,7 @@ using simt::thread;
 
 /// The number of this thread in its block, and of the block.
 QUARK_DEVICE int thread() { return int(threadIdx.x); }
-QUARK_DEVICE int64_t block() { return int64_t(blockIdx.x); }
+QUARK_DEVICE int64_t block() { return int64_t(blockIdx.y) * gridDim.x + blockIdx.x; }
 
 /// Waits for all threads of the block.
 QUARK_DEVICE void barrier() { __syncthreads(); }
@@ -131,17 +131,23 @@ QUARK_DEVICE void store_words(void* to, const Words& words) {
 #endif
 }
 
-/// A float16's bits to float32, and to nearest even back. NaN: unspecified bits.
+// A float16's bits to float32, and to nearest even back, as one instruction does it. NaN: unspecified bits.
 #if defined(QUARK_SIMT)
-QUARK_DEVICE float from_half(uint16_t bits) { return from_float16(bits); }
+QUARK_DEVICE float converted_half(uint16_t bits) { return with_nan(from_float16(bits), float_of(~kSign)); }
 QUARK_DEVICE uint16_t to_half(float x) { return to_float16(x); }
 #elif defined(__HIP__)
-QUARK_DEVICE float from_half(uint16_t bits) { return float(__builtin_bit_cast(_Float16, bits)); }
+QUARK_DEVICE float converted_half(uint16_t bits) { return float(__builtin_bit_cast(_Float16, bits)); }
 QUARK_DEVICE uint16_t to_half(float x) { return __builtin_bit_cast(uint16_t, _Float16(x)); }
 #else
-QUARK_DEVICE float from_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+QUARK_DEVICE float converted_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 QUARK_DEVICE uint16_t to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 #endif
+
+/// A float16's bits to float32. NaN keeps its sign.
+QUARK_DEVICE float from_half(uint16_t bits) {
+  const uint32_t nan = kNaN | uint32_t(bits & 0x8000u) << 16;
+  return (bits & 0x7fffu) > 0x7c00u ? float_of(nan) : converted_half(bits);
+}
 
 // ---- the host's side ------------------------------------------------------------------------------------------------
 
@@ -157,9 +163,12 @@ struct OnDevice {
   Status status() const { return {}; }
 };
 
+inline constexpr int64_t kMostBlocks = 50;  // so that tests see grids of two dimensions
+
 template <class Arguments>
-Status launch(void (*kernel)(Arguments), int64_t blocks, int threads, void*, const Arguments& arguments) {
-  simt::launch(blocks, threads, [&] { kernel(arguments); });
+Status launch_grid(void (*kernel)(Arguments), int64_t across, int64_t down, int threads, void*,
+                   const Arguments& arguments) {
+  simt::launch(across * down, threads, [&] { kernel(arguments); });
   return {};
 }
 
@@ -221,13 +230,20 @@ class OnDevice {
   Status status_;
 };
 
+// In one dimension of a grid. HIP counts threads with 32 bits.
+#if defined(__HIP__)
+inline constexpr int64_t kMostBlocks = (int64_t(1) << 32) / 1024 - 1;
+#else
+inline constexpr int64_t kMostBlocks = 0x7fffffff;
+#endif
+
 template <class Arguments>
-Status launch(void (*kernel)(Arguments), int64_t blocks, int threads, void* stream, const Arguments& arguments) {
-  if (blocks > 0x7fffffff) return value_error("the arrays are too large for one launch on a GPU");
+Status launch_grid(void (*kernel)(Arguments), int64_t across, int64_t down, int threads, void* stream,
+                   const Arguments& arguments) {
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
   const auto error =
-      QUARK_VENDOR(LaunchKernel)(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),
-                                 pointers, 0, static_cast<QUARK_VENDOR(Stream_t)>(stream));
+      QUARK_VENDOR(LaunchKernel)(reinterpret_cast<const void*>(kernel), dim3(unsigned(across), unsigned(down)),
+                                 dim3(unsigned(threads)), pointers, 0, static_cast<QUARK_VENDOR(Stream_t)>(stream));
   return status_of("launching a kernel", error);
 }
 
@@ -237,6 +253,14 @@ inline Status clear(void* to, int64_t bytes, void* stream) {
 }
 
 #endif
+
+/// At least so many blocks.
+template <class Arguments>
+Status launch(void (*kernel)(Arguments), int64_t blocks, int threads, void* stream, const Arguments& arguments) {
+  const int64_t down = (blocks + kMostBlocks - 1) / kMostBlocks;
+  if (down > 0xffff) return value_error("the arrays are too large for one launch on a GPU");
+  return launch_grid(kernel, (blocks + down - 1) / down, down, threads, stream, arguments);
+}
 
 }  // namespace
 }  // namespace quark::QUARK_LEVEL

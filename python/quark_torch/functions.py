@@ -82,8 +82,15 @@ def _float32(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     number = schema.as_float(name, value)
     bits = schema.subnormal_bits(number)
     if bits is not None:
-        return torch.tensor(bits, dtype=torch.int32, device=like.device).view(torch.float32)
-    return torch.tensor(number, dtype=torch.float32, device=like.device)
+        return _filled(bits, torch.int32, like).view(torch.float32)
+    return _filled(number, torch.float32, like)
+
+
+def _filled(number: float, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """A 0-d tensor beside ``like``. A GPU fills it: a copy would make the host wait, and be refused in a CUDA graph."""
+    if like.is_cpu:
+        return torch.tensor(number, dtype=dtype, device=like.device)
+    return torch.full((), number, dtype=dtype, device=like.device)
 
 
 def _qparams(
@@ -113,7 +120,7 @@ def _qparams(
         scale = scale.float()
     if zero_point is not None:
         if not isinstance(zero_point, torch.Tensor) and isinstance(zero_point, numbers.Integral):
-            zero_point = torch.tensor(schema.int32_zero_point(int(zero_point)), dtype=torch.int32, device=x.device)
+            zero_point = _filled(schema.int32_zero_point(int(zero_point)), torch.int32, x)
         zero_point = _int32(normal(_beside_x("zero_point", zero_point, x), plan.scale_shape))
     return plan, QParams(scale, None, None, key, zero_point)
 
@@ -149,7 +156,10 @@ def normal(t: torch.Tensor, shape: Shape) -> torch.Tensor:
 def _key(seed: Any, like: torch.Tensor) -> torch.Tensor:
     """A seed as the two int32 words that the core takes."""
     if isinstance(seed, int | numbers.Integral) and seed is not True and seed is not False:
-        return torch.tensor(schema.seed_words(int(seed)), dtype=torch.int32, device=like.device)
+        words = schema.seed_words(int(seed))
+        if like.is_cpu:
+            return torch.tensor(words, dtype=torch.int32, device=like.device)
+        return torch.stack([_filled(word, torch.int32, like) for word in words])
     seed = _beside("seed", check_tensor("seed", seed, "an integer or a torch.Tensor of one"), like)
     if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool:
         raise TypeError(f"seed has dtype {dtype_name(seed.dtype)}; allowed: an integer dtype")
@@ -185,8 +195,7 @@ def zero_point_tensor(zero_point: Any, like: torch.Tensor) -> torch.Tensor | Non
         return None
     if not isinstance(zero_point, torch.Tensor):
         if isinstance(zero_point, numbers.Integral):
-            value = schema.int32_zero_point(int(zero_point))
-            return torch.tensor(value, dtype=torch.int32, device=like.device)
+            return _filled(schema.int32_zero_point(int(zero_point)), torch.int32, like)
         if isinstance(zero_point, numbers.Real):
             return _float32("zero_point", zero_point, like)
     zero_point = _beside("zero_point", check_tensor("zero_point", zero_point, NUMBER), like)

@@ -229,12 +229,14 @@ def is_plain(*tensors: Any) -> bool:
     ):
         return False
     is_recorded = is_grad_enabled()
+    on_gpu = 0
     for t in tensors:
         if type(t) not in PLAIN or not (t.is_cpu or t.is_cuda) or t.is_nested or (is_recorded and t.requires_grad):
             return False
         if t.is_neg() or t._is_zerotensor():
             return False
-    return True
+        on_gpu += t.is_cuda
+    return on_gpu in (0, len(tensors))
 
 
 def run_plain(plan: Callable[..., Run | None], x: Any, scale: Any, *how: Any) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ using quark::Op;
 using quark::TensorView;
 
 /// Memory of the host; `left` blocks can be had.
+/// Counts what is asked of it, and has no memory after so many times.
 class TestQueue final : public quark::Queue {
  public:
   explicit TestQueue(int left = 1 << 20) : Queue(nullptr, -1), left_(left) {}
@@ -25,10 +26,16 @@ class TestQueue final : public quark::Queue {
   }
 
   void* scratch(int64_t bytes) override {
-    if (left_-- == 0) return nullptr;
+    if (left_-- == 0) {
+      why_ = "none is left";
+      return nullptr;
+    }
     blocks_.push_back(std::malloc(size_t(bytes)));
     return blocks_.back();
   }
+  void release() override { ++released; }
+
+  int released = 0;
 
  private:
   int left_;
@@ -140,6 +147,7 @@ TEST(batches_on_a_queue) {
                            view(&n.scale, DType::float32, {1, 1}, Device::cuda)};
   const TensorView out[] = {view(n.codes.data(), DType::int8, {2, 3, 4}, Device::cuda)};
   CHECK(quark::run(Op::quantize, in, out, spec_of("int8 block=0 batch=2"), queue).ok());
+  CHECK_EQ(queue.released, 6);
   CHECK(quantize(one, "int8 block=0,0,0", {2, 3, 4}, Device::cuda, queue, Device::cuda, 0).ok());
   CHECK(n.codes == one.codes);
 }
@@ -153,7 +161,8 @@ TEST(no_scratch_memory) {
     TestQueue queue(left);
     const quark::Status status = quark::run(Op::choose_qparams, in, out, spec_of("int8 block=0,1 method=mse"), queue);
     CHECK(status.kind() == ErrorKind::memory);
-    CHECK(status.message().find("out of memory on the GPU") != std::string::npos);
+    CHECK(status.message().find("no memory on the GPU for ") != std::string::npos);
+    CHECK(status.message().find(": none is left") != std::string::npos);
   }
   TestQueue queue;
   CHECK(quark::run(Op::choose_qparams, in, out, spec_of("int8 block=0,1 method=mse"), queue).ok());
