@@ -156,10 +156,10 @@ def normal(t: torch.Tensor, shape: Shape) -> torch.Tensor:
 def _key(seed: Any, like: torch.Tensor) -> torch.Tensor:
     """A seed as the two int32 words that the core takes."""
     if isinstance(seed, int | numbers.Integral) and seed is not True and seed is not False:
-        words = schema.seed_words(int(seed))
+        pair = schema.seed_words(int(seed))
         if like.is_cpu:
-            return torch.tensor(words, dtype=torch.int32, device=like.device)
-        return torch.stack([_filled(word, torch.int32, like) for word in words])
+            return torch.tensor(pair, dtype=torch.int32, device=like.device)
+        return torch.stack([_filled(word, torch.int32, like) for word in pair])
     seed = _beside("seed", check_tensor("seed", seed, "an integer or a torch.Tensor of one"), like)
     if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool:
         raise TypeError(f"seed has dtype {dtype_name(seed.dtype)}; allowed: an integer dtype")
