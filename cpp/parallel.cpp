@@ -70,15 +70,16 @@ namespace {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-std::atomic<bool> forked_after_use{false};
+// A forked child has none of libgomp's threads, and libgomp waits for them. The host may have started them before our
+// first use, so forks are watched from the moment this library is loaded.
+std::atomic<bool> is_forked_child{false};
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 
 GompParallel find_gomp() {
   void* found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
   if (!found) {
     if (void* library = dlopen("libgomp.so.1", RTLD_NOW | RTLD_LOCAL)) found = dlsym(library, "GOMP_parallel");
   }
-  // From now on libgomp may have threads, which a forked child doesn't inherit.
-  if (found) pthread_atfork(nullptr, nullptr, [] { forked_after_use = true; });
   return reinterpret_cast<GompParallel>(found);
 }
 
@@ -94,7 +95,7 @@ constexpr int64_t kElementsPerThread =
 
 void OpenMPExecutor::run(int64_t items, int64_t weight, Chunk chunk, void* context) {
   const int threads = threads_for(items * weight, kElementsPerThread, threads_);
-  if (threads == 1 || forked_after_use || !gomp()) return SerialExecutor().run(items, weight, chunk, context);
+  if (threads == 1 || is_forked_child || !gomp()) return SerialExecutor().run(items, weight, chunk, context);
   ChunkQueue queue(items, threads, chunk, context);
   gomp()([](void* q) { static_cast<ChunkQueue*>(q)->work(); }, &queue, unsigned(threads), 0);
 }

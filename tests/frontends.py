@@ -53,9 +53,12 @@ class Core(Adapter):
     name = "core"
     layouts = ("rows", "transposed", "sliced", "reversed", "broadcast")
 
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+
     def _run(self, op: str, inputs: list[Any], spec: OpSpec, shape: tuple[int, ...], dtype: str) -> list[np.ndarray]:
         outs = [np.empty(size, numpy_dtype(name)) for size, name in outputs(OPS[op], spec, shape, dtype)]
-        getattr(_core, op)(tuple(a for a in inputs if a is not None), tuple(outs), spec.text)
+        getattr(_core, op)(tuple(a for a in inputs if a is not None), tuple(outs), spec.text, self.threads)
         return outs
 
     def _spec(self, case: Case, dtype: str | None = None, packed: bool = False) -> OpSpec:
@@ -277,7 +280,9 @@ class Jax(Framework):
         return jnp.asarray(a) if self.device == "cpu" else jax.device_put(a, jax.local_devices(backend=self.device)[0])
 
     def numpy(self, a: Any) -> np.ndarray:
-        return np.asarray(a)
+        import jax
+
+        return np.asarray(jax.block_until_ready(a))  # of an array that had no memory JAX makes no view, but an end
 
     def dtype(self, name: str) -> Any:
         return numpy_dtype(name)

@@ -1,9 +1,11 @@
 // Which level this machine runs.
 #include "levels.h"
 
+#include <atomic>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <string>
 
 namespace quark {
@@ -50,23 +52,35 @@ Choice choose() {
 
 std::span<const CpuLevel> cpu_levels() { return kLevels; }
 
-int64_t& last_cache_bytes() {
-  static int64_t bytes = [] {
-    // What glibc's sysconf says of it is, on some virtual machines, that of several.
-    int64_t kib = 0;
-    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-      if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
-      std::fclose(file);
-    }
-    return kib > 0 ? kib * 1024 : int64_t(16) << 20;
-  }();
-  return bytes;
-}
+namespace {
+
+// Read when this library is loaded, not at the first use: a child forked within that would wait for the thread whose it
+// was, which it doesn't have.
+int64_t last_cache = [] {
+  // What glibc's sysconf says of it is, on some virtual machines, that of several.
+  int64_t kib = 0;
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
+    std::fclose(file);
+  }
+  return kib > 0 ? kib * 1024 : int64_t(16) << 20;
+}();
+
+}  // namespace
+
+int64_t& last_cache_bytes() { return last_cache; }
 
 Status cpu_level(const CpuLevel*& level) {
-  static const Choice choice = choose();
-  level = choice.level;
-  return choice.status;
+  // Not a static that the first thread makes: a child forked within that would wait for it too. Whoever comes at the
+  // same time chooses the same.
+  static constinit std::atomic<const Choice*> chosen{nullptr};
+  const Choice* choice = chosen.load(std::memory_order_acquire);
+  if (!choice) {
+    auto mine = std::make_unique<const Choice>(choose());
+    if (chosen.compare_exchange_strong(choice, mine.get(), std::memory_order_acq_rel)) choice = mine.release();
+  }
+  level = choice->level;
+  return choice->status;
 }
 
 }  // namespace quark
