@@ -1,5 +1,10 @@
 """quark-kernels for JAX."""
 
+from quark_kernels import requires
+
+if _problem := requires.jax():
+    raise _problem
+
 from quark_jax.functions import (
     choose_qparams,
     dequantize,

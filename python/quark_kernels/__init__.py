@@ -3,6 +3,11 @@
 This package holds what both frontends share and imports neither framework. Use ``quark_torch`` or ``quark_jax``.
 """
 
+from quark_kernels import requires
+
+if _problem := requires.core():
+    raise _problem
+
 from quark_kernels import interop
 from quark_kernels._core import VERSION
 from quark_kernels.formats import FORMATS, ROUNDINGS, ElementFormat

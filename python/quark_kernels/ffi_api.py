@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from quark_kernels import _core
-
-OLDEST_JAXLIB = "0.8.0"
+from quark_kernels.requires import OLDEST_JAX
 
 
 def runtime_api() -> tuple[int, int] | None:
@@ -27,7 +26,7 @@ def runtime_api() -> tuple[int, int] | None:
 def mismatch() -> str | None:
     """Return why the handlers can't be registered with the installed jaxlib, or None where they can."""
     runtime, built = runtime_api(), _core.xla_ffi_api()
-    need = f"install jaxlib >= {OLDEST_JAXLIB}"
+    need = f"install jaxlib >= {OLDEST_JAX}"
     if runtime is None:
         return f"no XLA FFI headers found in the installed jaxlib, so its FFI API is unknown; {need}"
     if runtime[0] != built[0] or runtime[1] < built[1]:

@@ -2,6 +2,11 @@
 
 import sys
 
+from quark_kernels import requires
+
+if _problem := requires.torch():
+    raise _problem
+
 from quark_kernels import (
     PRESETS,
     PerBlock,

@@ -27,9 +27,6 @@ from torch.library import Library, register_fake, register_vmap
 from quark_kernels import _core, rules, schema
 from quark_kernels.schema import OPS, OPTIONAL, Op, OpSpec, logical_shape, outputs
 
-if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-    raise ImportError(f"quark_torch can't be used: torch {torch.__version__} is installed; it needs torch >= 2.10")
-
 R = TypeVar("R")
 NAMESPACE = "quark_kernels"
 PLAIN = (torch.Tensor, torch.nn.Parameter)
