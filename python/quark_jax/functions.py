@@ -38,12 +38,13 @@ def float32(name: str, value: Any) -> np.float32:
 
 def check_array(name: str, x: object, allowed: str = "a jax.Array or NumPy array") -> jax.Array:
     """Return ``x`` as a JAX array. Raises TypeError unless it is an array."""
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: {allowed}")
+    schema.expect_rank(name, x.ndim)
     if isinstance(x, jax.Array):
         return x
-    if isinstance(x, (np.ndarray, np.generic)):
-        _expect_32_bits(name, x)
-        return jnp.asarray(x)
-    raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}; allowed: {allowed}")
+    _expect_32_bits(name, x)
+    return jnp.asarray(x)
 
 
 def _expect_32_bits(name: str, x: np.ndarray[Any, Any] | np.generic) -> None:
@@ -58,7 +59,6 @@ def check_data(name: str, x: object) -> jax.Array:
     x = check_array(name, x)
     if x.dtype not in DATA_DTYPES:
         schema.expect_float(name, x.dtype.name)
-    schema.expect_rank(name, x.ndim)
     return x
 
 

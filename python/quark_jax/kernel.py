@@ -264,7 +264,6 @@ def dequantize(
     The layouts of scale and zero point are those of ``scaled_real_quantize``.
     """
     q = check_array("inputs", inputs)
-    schema.expect_rank("inputs", q.ndim)
     one_of("quant_dtype", quant_dtype, documented.SCALED)
     documented.expect_codes("inputs", q.dtype.name, quant_dtype)
     if quant_dtype in documented.CASTS:
