@@ -31,9 +31,7 @@ DATA_DTYPES = tuple(jnp.dtype(name) for name in schema.FLOAT_DTYPES)
 
 def float32(name: str, value: Any) -> np.float32:
     """Return a number as a float32."""
-    number = schema.as_float(name, value)
-    bits = schema.subnormal_bits(number)
-    return np.float32(number) if bits is None else np.int32(bits).view(np.float32)
+    return np.int32(schema.float32_bits(schema.as_float(name, value))).view(np.float32)
 
 
 def check_array(name: str, x: object, allowed: str = "a jax.Array or NumPy array") -> jax.Array:

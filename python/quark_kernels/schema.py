@@ -9,8 +9,10 @@ Per tensor (0, 0), channel 0 (1, 0), group 128 along the last axis (1, 128), til
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import lru_cache
 from operator import index
 from typing import Any, NamedTuple, TypeVar
@@ -28,7 +30,7 @@ INTEGER_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "int64")
 LONGEST = 2**62
 """No axis is longer, so a longer group is none either."""
 METHODS = ("absmax", "minmax", "percentile", "percentile=P", "mse")
-PERCENTILE = 99.99
+PERCENTILE = "99.99"
 """What ``method="percentile"`` means."""
 GRADIENTS = ("clipped", "ste")
 OPTIONAL = {"g": "global_scale", "p": "pair_bits", "k": "key", "z": "zero_point"}
@@ -224,7 +226,8 @@ class OpSpec:
         words = [word for word in self.words if word != "rounding=stochastic"]
         if method.startswith("percentile"):
             percent = method.partition("=")[2] or PERCENTILE
-            words.append(f"method=percentile:{float(percent)!r}")
+            # Through no float: the host's float environment would have a say in its last bit.
+            words.append(f"method=percentile:{Decimal(percent)}")
         elif method == "mse":
             words.append("method=mse")
         return replace(self, words=tuple(words), packed=False, length=None, dtype=None, whole=None)
@@ -505,11 +508,18 @@ def as_float(name: str, value: Any) -> float:
         raise ValueError(f"{name} is {value}; allowed: numbers that a float can hold") from None
 
 
-def subnormal_bits(value: float) -> int | None:
-    """Return the float32 bits of a number below 2^-126, which a host that flushes subnormals can't make; else None."""
-    if not 0 < abs(value) < 2**-126:
-        return None
-    return round(abs(value) * 2.0**149) - (2**31 if value < 0 else 0)
+def float32_bits(value: float) -> int:
+    """Return a number's float32 bits as an int32: to nearest even, whatever the host's float environment does."""
+    if 0 < abs(value) < 2**-126:  # in multiples of the least
+        return round(abs(value) * 2.0**149) - (2**31 if value < 0 else 0)
+    sign = 2**31 if math.copysign(1.0, value) < 0 else 0
+    if value == 0 or not math.isfinite(value):
+        return (0x7FC00000 if math.isnan(value) else 0x7F800000 if value else 0) - sign
+    mantissa, exponent = math.frexp(abs(value))
+    digits = int(mantissa * 2.0**53)
+    kept, rest = digits >> 29, digits & (2**29 - 1)
+    kept += rest > 2**28 or (rest == 2**28 and kept % 2 == 1)
+    return min(((exponent + 125) << 23) + kept, 0x7F800000) - sign
 
 
 def int32_zero_point(value: int) -> int:

@@ -80,10 +80,10 @@ def _plan(
 def _float32(name: str, value: Any, like: torch.Tensor) -> torch.Tensor:
     """A number as a 0-d float32 tensor beside ``like``."""
     number = schema.as_float(name, value)
-    bits = schema.subnormal_bits(number)
-    if bits is not None:
-        return _filled(bits, torch.int32, like).view(torch.float32)
-    return _filled(number, torch.float32, like)
+    # In torch.compile it may be a symbol, with which nothing but arithmetic can be done.
+    if torch.compiler.is_compiling() and not 0 < abs(number) < 2**-126:
+        return _filled(number, torch.float32, like)
+    return _filled(schema.float32_bits(number), torch.int32, like).view(torch.float32)
 
 
 def _filled(number: float, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
