@@ -358,6 +358,7 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "deep": (b"[" * 100_000, "not JSON"),
     "an array": ([], "it has no weight_map"),
     "no map": ({"metadata": {}}, "it has no weight_map"),
+    "a tensor twice": (b'{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}', "'a' is there more than once"),
     "an empty map": ({"weight_map": {}}, "it has no weight_map"),
     "metadata": ({"metadata": 3, "weight_map": {"a": "a.safetensors"}}, "metadata is 3"),
     "a number": ({"weight_map": {"a": 3}}, "'a' is in 3; allowed: the name of"),

@@ -440,6 +440,13 @@ LIES: dict[str, bytes] = {
     "no framework's dtype": file_of({"a": entry("F6_E2M3", (8,), (0, 6))}, bytes(6)),
     "odd F4": file_of({"a": entry("F4", (2, 3), (0, 3))}, bytes(3)),
     "metadata of numbers": file_of({"__metadata__": {"a": 1}}),
+    "a name twice": file_of(
+        b'{"a":%s,"a":%s}' % (json.dumps(entry()).encode(), json.dumps(entry("I8")).encode()), b"1234"
+    ),
+    "a name twice, once escaped": file_of(b'{"a":%s,"\\u0061":%s}' % ((json.dumps(entry()).encode(),) * 2), b"1234"),
+    "metadata twice": file_of(b'{"__metadata__":{"a":"1"},"__metadata__":{"a":"2"}}'),
+    "a name of metadata twice": file_of(b'{"__metadata__":{"a":"1","a":"2"}}'),
+    "a dtype twice": file_of(b'{"a":{"dtype":"U8","dtype":"I8","shape":[0],"data_offsets":[0,0]}}'),
 }
 
 
@@ -485,6 +492,10 @@ FALSE_METADATA: dict[str, tuple[Any, str]] = {
     "not JSON": (lambda *_: "{", "not JSON"),
     "deep": (lambda *_: "[" * 100_000, "not JSON"),
     "long numbers": (lambda *_: "9" * 10_000, "not JSON"),
+    "a tensor twice": (
+        lambda _, m: json.dumps(m)[:-2] + f', "w": {json.dumps(m["tensors"]["w"])}}}}}',
+        "'w' is there",
+    ),
     "an array": (lambda *_: "[]", "allowed: an object of version and tensors"),
     "a number": (lambda *_: "3", "allowed: an object"),
     "no version": (lambda _, m: m.pop("version") and None, "allowed: an object"),

@@ -42,6 +42,7 @@ from quark_kernels.files import (
     entry_of,
     from_raw,
     part_names,
+    read_json,
     read_static,
     static_of,
     to_raw,
@@ -329,8 +330,8 @@ def shards_of(source: Path) -> tuple[list[Path], Index | None]:
 def read_index(path: Path) -> Index:
     """Read an index. Raises FileError where it isn't sound."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        data = read_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise FileError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("weight_map"), dict) or not data["weight_map"]:
         raise FileError(f"{path}: not an index; it has no weight_map")

@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -182,6 +183,22 @@ class FileError(ValueError):
     """A file that isn't what it says, or a tensor that can't be in one."""
 
 
+def read_json(text: str | bytes) -> Any:
+    """Return the value that a JSON text has. Raises ValueError where it isn't one, or has a name twice in an object."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # readers would differ in which of them they take
+            ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{name!r} is there more than once")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
 class Reader:
     """A safetensors file: its header, and its tensors one at a time. A context manager.
 
@@ -203,7 +220,8 @@ class Reader:
             raise
 
     def _header(self) -> tuple[dict[str, str], dict[str, Entry]]:
-        start = 8 + int.from_bytes(os.pread(self._file, 8, 0), "little")
+        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        start = 8 + length
         entries = {}
         try:
             with safetensors.safe_open(self.path, framework="numpy") as file:
@@ -216,6 +234,10 @@ class Reader:
             raise FileError(f"{self.path}: {' '.join(str(error).split())}") from None
         if start != self.size:
             raise FileError(f"{self.path}: {self.size} bytes, but its header describes {start}")
+        try:
+            read_json(os.pread(self._file, length, 8))  # safetensors takes the last tensor of a name
+        except ValueError as error:
+            raise FileError(f"{self.path}: header: {error}") from None
         return metadata, entries
 
     def _entry(self, name: str, code: str, shape: Shape, start: int) -> Entry:
@@ -426,8 +448,8 @@ def read_static(reader: Reader) -> dict[str, Static]:
         return {}
     where = f"{reader.path}: metadata {KEY!r}"
     try:
-        data = json.loads(reader.metadata[KEY])
-    except (ValueError, RecursionError) as error:
+        data = read_json(reader.metadata[KEY])
+    except ValueError as error:
         raise FileError(f"{where}: not JSON: {error}") from None
     if not isinstance(data, dict) or set(data) != {"version", "tensors"} or not isinstance(data["tensors"], dict):
         raise FileError(f"{where}: allowed: an object of version and tensors")
