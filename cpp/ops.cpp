@@ -45,13 +45,21 @@ bool is_contiguous(const TensorView& t) {
 /// The bytes a tensor may touch, as addresses [first, last).
 struct Extent {
   uintptr_t first, last;
+  bool is_possible = true;  ///< else some would be beyond all addresses, or more than an offset can count
 
-  explicit Extent(const TensorView& t) {
-    int64_t low = 0, high = 1;
-    for (int d = 0; d < t.rank; ++d) (t.strides[d] < 0 ? low : high) += (t.shape[d] - 1) * t.strides[d];
-    const auto base = reinterpret_cast<uintptr_t>(t.data);
-    first = base + uintptr_t(low * bytes_of(t.dtype));
-    last = base + uintptr_t(high * bytes_of(t.dtype));
+  explicit Extent(const TensorView& t) : first(reinterpret_cast<uintptr_t>(t.data)), last(first) {
+    if (t.elements() == 0) return;
+    const auto bytes = uintptr_t(bytes_of(t.dtype));
+    is_possible = !__builtin_add_overflow(last, bytes, &last);
+    for (int d = 0; d < t.rank; ++d) {
+      const bool is_down = t.strides[d] < 0;
+      const uintptr_t step = is_down ? -uintptr_t(t.strides[d]) : uintptr_t(t.strides[d]);
+      uintptr_t reach = 0;
+      if (__builtin_mul_overflow(uintptr_t(t.shape[d] - 1) * bytes, step, &reach) ||
+          (is_down ? __builtin_sub_overflow(first, reach, &first) : __builtin_add_overflow(last, reach, &last)))
+        is_possible = false;
+    }
+    if (last - first > uintptr_t(std::numeric_limits<ptrdiff_t>::max())) is_possible = false;
   }
 };
 
@@ -62,10 +70,10 @@ bool is_injective(const TensorView& t) {
   bool used[kMaxRank] = {};
   for (int k = 0; k < t.rank; ++k) {
     int next = -1;
-    for (int d = 0; d < t.rank; ++d)
-      if (!used[d] && (next < 0 || std::abs(t.strides[d]) < std::abs(t.strides[next]))) next = d;
+    for (int d = 0; d < t.rank; ++d)  // an axis of one element has no step, whatever its stride says
+      if (!used[d] && t.shape[d] > 1 && (next < 0 || std::abs(t.strides[d]) < std::abs(t.strides[next]))) next = d;
+    if (next < 0) return true;
     used[next] = true;
-    if (t.shape[next] == 1) continue;
     if (std::abs(t.strides[next]) < reach) return false;
     reach += (t.shape[next] - 1) * std::abs(t.strides[next]);
   }
@@ -206,6 +214,9 @@ class Checker {
     if (!(t.place() == place))
       return value_error(here(name) + " is on " + text_of(t.place()) + "; the call is on " + text_of(place) +
                          ": all of its tensors must be");
+    if (t.rank < 0 || t.rank > kMaxRank)
+      return value_error(here(name) + " has " + std::to_string(t.rank) + " axes; allowed: 0 to " +
+                         std::to_string(kMaxRank));
     int64_t n = 1;
     for (int d = 0; d < t.rank; ++d) {
       if (t.shape[d] < 0 || __builtin_mul_overflow(n, t.shape[d], &n))
@@ -216,6 +227,8 @@ class Checker {
     if (n > 0 && !t.data) return value_error(here(name) + " has no memory (a fake or meta tensor?)");
     if (reinterpret_cast<uintptr_t>(t.data) % uintptr_t(bytes_of(t.dtype)) != 0)
       return value_error(here(name) + " is not aligned to its dtype, " + name_of(t.dtype));
+    if (!Extent(t).is_possible)
+      return value_error(here(name) + " is too large: shape " + text_of(t) + ", strides " + text_of(t.strides, t.rank));
     if (is_output && n > 0 && !is_injective(t))
       return value_error(here(name) + " overlaps itself; an output needs memory of its own for every element");
     return {};

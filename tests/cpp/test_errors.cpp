@@ -947,6 +947,39 @@ TEST(impossible_shapes) {
   }
 }
 
+TEST(impossible_ranks) {
+  for (const int rank : {-1, quark::kMaxRank + 1, std::numeric_limits<int>::max()}) {
+    Call c = quantize_call();
+    c.in[0].rank = rank;
+    c.refused(ErrorKind::value, {"quantize: input 0", std::to_string(rank).c_str(), "allowed: 0 to 16"});
+    Call d = quantize_call();
+    d.out[0].rank = rank;
+    d.refused(ErrorKind::value, {"quantize: output 0", "allowed: 0 to 16"});
+  }
+}
+
+TEST(impossible_strides) {
+  constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
+  for (const int64_t stride : {kHuge, -kHuge - 1, kHuge / 2, -kHuge / 4, int64_t(1) << 62, -(int64_t(1) << 60)})
+    for (const int axis : {0, 1}) {
+      Call c = quantize_call();
+      c.in[0].strides[axis] = stride;
+      c.refused(ErrorKind::value, {"quantize: input 0", "too large: shape (4, 6), strides"});
+      Call d = quantize_call();
+      d.out[0].strides[axis] = stride;
+      d.refused(ErrorKind::value, {"quantize: output 0", "too large: shape (4, 6), strides"});
+      // No step is taken along an axis of one element, or of an empty array.
+      Call e(Op::quantize, "int8 block=0,0", {array(DType::float32, {1, 1}), array(DType::float32, {})},
+             {array(DType::int8, {1, 1})});
+      e.in[0].strides[axis] = e.out[0].strides[axis] = stride;
+      CHECK(e.run().ok());
+      Call f(Op::quantize, "int8 block=0,0", {array(DType::float32, {0, 3}), array(DType::float32, {})},
+             {array(DType::int8, {0, 3})});
+      f.in[0].strides[axis] = f.out[0].strides[axis] = stride;
+      CHECK(f.run().ok());
+    }
+}
+
 TEST(huge_blocks_are_whole_axes) {
   Call c(Op::quantize, "int8 block=9223372036854775807", {array(DType::float32, {4}), array(DType::float32, {1})},
          {array(DType::int8, {4})});
