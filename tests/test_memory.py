@@ -296,11 +296,15 @@ def data_calls(framework: Any) -> dict[str, Callable[[], Any]]:
 
 
 COPIES = {
-    # Nearest ranks are found in a copy of the group, and slots of scales are put between elements that are there.
-    "choose_qparams, percentile": 1,
-    "kernel.non_scaled_real_quantize": 1,
+    # Nearest ranks are found in a copy of the group.
+    ("torch", "choose_qparams, percentile"): 1.0,
+    ("jax", "choose_qparams, percentile"): 1.0,
+    # The framework puts the slots of scales between elements that are there, and swaps axes.
+    ("torch", "kernel.non_scaled_real_quantize"): 1.1,
+    ("jax", "kernel.non_scaled_real_quantize"): 3.2,
+    ("jax", "pack, axis 0"): 0.4,
 }
-"""Calls that take memory of the data's size, and how many times."""
+"""Calls that take memory of the data's size, and how many times that is."""
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this Linux doesn't measure peaks anew")
@@ -309,7 +313,7 @@ def test_calls_take_no_memory_but_their_results(framework: Any) -> None:
     too_much = {}
     for name, call in data_calls(framework).items():
         extra = extra_memory(framework, call)
-        if extra > ROOM + COPIES.get(name, 0) * 32 * MIB:
+        if extra > ROOM + COPIES.get((framework.name, name), 0) * 32 * MIB:
             too_much[name] = f"{extra / MIB:.1f} MiB"
     assert not too_much
 
