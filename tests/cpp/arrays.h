@@ -75,15 +75,17 @@ class Array {
     for (size_t d = shape_.size(); d-- > 0; flat /= shape_[d]) at += flat % shape_[d] * strides_[d];
     return size_t(at * quark::bytes_of(dtype_));
   }
+  unsigned char* at(int64_t flat) { return bytes_.data() + offset(flat); }
+  const unsigned char* at(int64_t flat) const { return bytes_.data() + offset(flat); }
   template <class T>
   T get(int64_t flat) const {
     T value;
-    std::memcpy(&value, bytes_.data() + offset(flat), sizeof value);
+    std::memcpy(&value, at(flat), sizeof value);
     return value;
   }
   template <class T>
   void put(int64_t flat, T value) {
-    std::memcpy(bytes_.data() + offset(flat), &value, sizeof value);
+    std::memcpy(at(flat), &value, sizeof value);
   }
 
   /// An element as the kernels see it; fp8 dtypes are codes.
