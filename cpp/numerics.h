@@ -492,7 +492,7 @@ QUARK_INLINE float quotient_of(float x, const OrdinaryScale& k) {
 
 /// A magnitude below 2^22 to an integer, up where `random` is below the fraction's 32 bits.
 QUARK_INLINE float round_randomly(float m, uint32_t random) {
-  const float down = float(int32_t(m));
+  const auto down = float(int32_t(m));
 #if defined(__AVX512F__) || defined(QUARK_ON_GPU)  // which convert to unsigned numbers
   return down + (random < uint32_t((m - down) * 0x1p32f) ? 1.0f : 0.0f);
 #else
@@ -633,7 +633,7 @@ QUARK_INLINE uint32_t normalized(uint32_t m) {
 /// last one, 2^(bits - 1) - 1, asks for the next exponent. Infinities and NaN count as 0.
 QUARK_INLINE uint32_t exponent_key(float x, const Grid& g) {
   const uint32_t wide = normalized(finite_key(x));
-  const uint32_t dropped = uint32_t(23 + g.code_exponent);  // bits - 1 significant bits stay
+  const auto dropped = uint32_t(23 + g.code_exponent);  // bits - 1 significant bits stay
   const uint32_t rounded = wide + (1u << (dropped - 1)) - 1u + (((wide | kMinNormal) >> dropped) & 1u);
   return (sign_of(x) || wide == 0 ? wide : rounded) >> 23;
 }
@@ -698,7 +698,7 @@ inline constexpr int kPhiloxRounds = 10;
 
 QUARK_INLINE RandomWords philox(uint64_t counter, uint64_t key) {
   uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  auto k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t a = uint64_t(kPhilox[0]) * c0, b = uint64_t(kPhilox[1]) * c2;
     c0 = uint32_t(b >> 32) ^ c1 ^ k0;

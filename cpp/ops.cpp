@@ -4,7 +4,6 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <optional>
 #include <string>
 
 #include "gpu/gpu.h"
@@ -448,6 +447,7 @@ constexpr size_t kMostTensors = [] {
 /// The tensors of a batch's examples, of one after another. They are as safe as the whole batch's are.
 class Examples {
  public:
+  Examples() = default;
   Examples(Tensors in, Tensors out, const int64_t* lengths, int axes) : ins_(in.size()), outs_(out.size()) {
     for (; axes_ < axes; ++axes_) count_ *= lengths_[axes_] = lengths[axes_];
     for (size_t i = 0; i < ins_ + outs_; ++i) {
@@ -479,7 +479,7 @@ class Examples {
   }
 
  private:
-  size_t ins_, outs_;
+  size_t ins_ = 0, outs_ = 0;
   int axes_ = 0;
   int64_t count_ = 1, lengths_[kMaxRank] = {};
   TensorView views_[kMostTensors];
@@ -496,22 +496,22 @@ int64_t most_elements(Tensors tensors) {
 /// A batch of calls, checked before the first is run.
 struct Batch {
   QuantSpec spec;  ///< an example's
-  std::optional<Examples> examples;
+  Examples examples;
   bool is_empty = false;
 
   Status prepare(Op op, Tensors in, Tensors out, const QuantSpec& given, const Place& place) {
     const OpRow& row = kOps[int(op)];
-    int64_t lengths[kMaxRank];
+    int64_t lengths[kMaxRank] = {};
     if (Status s = Checker(row, in, out, given).check_batch(place, lengths); !s.ok()) return s;
     spec = given;
     spec.batch = 0;
-    examples.emplace(in, out, lengths, given.batch);
-    Checker checker(row, examples->in(), examples->out(), spec);
-    if (Status s = checker.check_kinds(); !s.ok()) return {s.kind(), s.message() + " (of one example)"};
+    examples = Examples(in, out, lengths, given.batch);
+    Checker checker(row, examples.in(), examples.out(), spec);
+    if (const Status s = checker.check_kinds(); !s.ok()) return {s.kind(), s.message() + " (of one example)"};
     is_empty = most_elements(out) == 0;  // else each example writes something, so they are not too many to count
     if (is_empty || place.device != Device::cpu || !checker.has_numbers()) return {};
-    for (int64_t i = 0; i < examples->count(); ++i) {
-      examples->move_to(i);
+    for (int64_t i = 0; i < examples.count(); ++i) {
+      examples.move_to(i);
       if (Status s = checker.check_numbers(); !s.ok()) return s;
     }
     return {};
@@ -546,7 +546,7 @@ Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor
     }
   };
   constexpr int64_t kLarge = 1 << 18;  // elements that keep several threads busy
-  const Examples& examples = *batch.examples;
+  const Examples& examples = batch.examples;
   const int64_t size = std::max(most_elements(examples.in()), most_elements(examples.out()));
   const bool is_large = size >= kLarge;
   SerialExecutor serial;
@@ -563,9 +563,9 @@ Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor
 Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& queue, const GpuPlatform& platform) {
   Batch batch;
   if (Status s = batch.prepare(op, in, out, spec, in[0].place()); !s.ok() || batch.is_empty) return s;
-  for (int64_t i = 0; i < batch.examples->count(); ++i) {
-    batch.examples->move_to(i);
-    const Status s = platform.kernels[int(op)](batch.examples->in(), batch.examples->out(), batch.spec, queue);
+  for (int64_t i = 0; i < batch.examples.count(); ++i) {
+    batch.examples.move_to(i);
+    const Status s = platform.kernels[int(op)](batch.examples.in(), batch.examples.out(), batch.spec, queue);
     if (!s.ok()) return s;
     queue.release();
   }

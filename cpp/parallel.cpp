@@ -58,7 +58,7 @@ bool ChunkQueue::done() const {
   return std::atomic_ref(const_cast<int64_t&>(left_)).load(std::memory_order_acquire) == 0;
 }
 
-void SerialExecutor::run(int64_t items, int64_t, Chunk chunk, void* context) {
+void SerialExecutor::run(int64_t items, int64_t /*weight*/, Chunk chunk, void* context) {
   if (items == 0) return;
   const FloatEnvironment environment;
   chunk(context, 0, items);

@@ -95,7 +95,7 @@ Status parse_format(std::string_view name, QuantSpec& spec) {
 Status codes_format(int bits, bool is_signed, QuantSpec& spec) {
   if (bits < 1 || bits > 8) return value_error("spec: bits is " + std::to_string(bits) + "; packing takes 1 to 8");
   const auto mantissa = uint8_t(is_signed ? bits - 1 : bits);
-  const float steps = float(1 << mantissa);
+  const auto steps = float(1 << mantissa);
   spec.format = {"codes",      uint8_t(bits),  0,
                  mantissa,     mantissa,       is_signed ? -steps : 0.0f,
                  steps - 1.0f, Specials::none, is_signed ? DType::int8 : DType::uint8};
@@ -189,7 +189,7 @@ Status complete(QuantSpec& spec, bool has_min, bool has_max) {
 std::span<const Format> formats() { return kFormats; }
 std::span<const char* const> rounding_names() { return kRoundingNames; }
 const Format& e4m3_format() {
-  enum Row {
+  enum Row : uint8_t {
 #define QUARK_FORMAT(name, ...) name,
 #include "formats.inc"
 #undef QUARK_FORMAT
@@ -276,7 +276,7 @@ Status cached_spec(std::string_view text, QuantSpec& spec) {
     using is_transparent = void;
   };
   // Of this thread: no lock to wait for, or to be left locked in a forked child.
-  thread_local std::unordered_map<std::string, QuantSpec, Hash, std::equal_to<>> cache;
+  static thread_local std::unordered_map<std::string, QuantSpec, Hash, std::equal_to<>> cache;
   constexpr size_t kMost = 1024;  // dynamic shapes make ever new lengths
   if (const auto found = cache.find(text); found != cache.end()) {
     spec = found->second;

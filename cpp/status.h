@@ -1,12 +1,13 @@
 // Errors without exceptions: kernels run on threads of other runtimes, where nothing may be thrown.
 #pragma once
+#include <cstdint>
 #include <string>
 #include <utility>
 
 namespace quark {
 
 /// device: what a GPU or its driver reports.
-enum class ErrorKind { none, type, value, memory, unsupported, device };
+enum class ErrorKind : uint8_t { none, type, value, memory, unsupported, device };
 
 /// The result of every fallible function of the core. An error's message names the argument, what came and what is
 /// allowed.

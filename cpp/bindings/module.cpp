@@ -11,14 +11,12 @@
 
 #include "../ops.h"
 #include "views.h"
+#include "xla_ffi.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace quark {
-
-nb::dict xla_handlers(std::string_view platform);
-std::tuple<int, int> xla_ffi_api();
 
 namespace {
 

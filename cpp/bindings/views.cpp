@@ -120,11 +120,11 @@ TensorView from_dlpack(const DLPackExchangeAPI& api, nb::handle object, const ch
 TensorView from_numpy(nb::handle object, const char* role, size_t index) {
   const auto interface = nb::cast<nb::dict>(object.attr("__array_interface__"));
   TensorView view;
-  const std::string name = nb::cast<std::string>(object.attr("dtype").attr("name"));
+  const auto name = nb::cast<std::string>(object.attr("dtype").attr("name"));
   if (!dtype_of(name, view.dtype)) refuse(role, index, "has dtype " + name + ", which has no kernel");
   if (nb::cast<std::string>(interface["typestr"]).starts_with('>')) refuse(role, index, "is big-endian");
   const auto data = nb::cast<nb::tuple>(interface["data"]);
-  view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(data[0]));
+  view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(data[0]));  // NOLINT(performance-no-int-to-ptr)
   if (std::string_view(role) == "output" && nb::cast<bool>(data[1])) {
     throw nb::value_error(("output " + std::to_string(index) + " is read-only").c_str());
   }

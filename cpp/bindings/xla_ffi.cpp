@@ -1,12 +1,11 @@
 // Every operator as an XLA FFI handler, from one template.
-#include <nanobind/nanobind.h>
+#include "xla_ffi.h"
 
 #include <condition_variable>
 #include <exception>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <tuple>
 
 #include "../gpu/gpu.h"
 #include "../ops.h"
@@ -96,18 +95,18 @@ struct Arguments {
   size_t ins = 0, outs = 0;
 
   ffi::Error read(ffi::RemainingArgs arguments, ffi::RemainingRets results, std::string_view text, Device device) {
-    if (Status status = cached_spec(text, spec); !status.ok()) return error_of(status);
+    if (const Status status = cached_spec(text, spec); !status.ok()) return error_of(status);
     if (arguments.size() > kMost || results.size() > kMost) return ffi::Error::InvalidArgument("too many tensors");
     for (; ins < arguments.size(); ++ins) {
       const auto buffer = arguments.get<ffi::AnyBuffer>(ins);
       if (buffer.has_error()) return buffer.error();
-      if (Status status = view_of(*buffer, in[ins]); !status.ok()) return error_of(status);
+      if (const Status status = view_of(*buffer, in[ins]); !status.ok()) return error_of(status);
       in[ins].device = device;
     }
     for (; outs < results.size(); ++outs) {
       auto buffer = results.get<ffi::AnyBuffer>(outs);
       if (buffer.has_error()) return buffer.error();
-      if (Status status = view_of(**buffer, out[outs]); !status.ok()) return error_of(status);
+      if (const Status status = view_of(**buffer, out[outs]); !status.ok()) return error_of(status);
       out[outs].device = device;
     }
     return ffi::Error::Success();

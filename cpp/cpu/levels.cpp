@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <string_view>
 
 namespace quark {
 namespace {
@@ -35,13 +36,14 @@ struct Choice {
 };
 
 Choice choose() {
-  const char* wanted = std::getenv("QUARK_CPU_LEVEL");
+  const char* variable = std::getenv("QUARK_CPU_LEVEL");
+  const std::string_view wanted = variable ? variable : "";
   std::string names;
   const CpuLevel* best = nullptr;
   for (const CpuLevel& level : kLevels) {
     if (!level.is_supported()) continue;
     names += names.empty() ? level.name : std::string(", ") + level.name;
-    if (!wanted || !*wanted || level.name == std::string_view(wanted)) best = &level;
+    if (wanted.empty() || level.name == wanted) best = &level;
   }
   if (best) return {Status(), best};
   return {value_error("QUARK_CPU_LEVEL is '" + std::string(wanted) + "'; this machine and build support: " + names),
