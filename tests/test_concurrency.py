@@ -1,4 +1,4 @@
-"""Many callers: threads, forks and other processes, interpreters, signals. Each gets the bits of a lone caller.
+"""Many callers: threads, forks, other processes and interpreters. Each gets the bits of a lone caller.
 
 What is a matter of luck is tried a few times; with QUARK_TEST_LONG=1 often, for minutes.
 """
