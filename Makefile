@@ -14,7 +14,7 @@ space := $(empty) $(empty)
 comma := ,
 
 .PHONY: demo test test-python test-312 test-peers test-cpp test-clang test-simt test-simt-races test-simt-memory \
-  test-gpu-build lint format generated bench harden clean
+  test-gpu-build lint format generated bench exhaustive harden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
@@ -170,6 +170,12 @@ BENCH ?=
 bench: $(VENV)/.installed
 	$(PIP) matplotlib
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+# Every float32 through every format of up to 8 bits. A part: make exhaustive EXHAUSTIVE="--formats fp8_e4m3"
+EXHAUSTIVE ?=
+
+exhaustive: $(VENV)/.installed $(VENV)/.test-tools
+	$(BIN)/python tests/exhaustive.py $(EXHAUSTIVE)
 
 # Another Python, one wheel under every supported jaxlib, the C++ tests under sanitizers, and the GPU's kernels: all
 # Python tests of the operators on the simulated one, under sanitizers, with planted bugs, and the code for every device.
