@@ -365,6 +365,19 @@ def test_compile(function: Function, variant: Variant) -> None:
     record(function, "compile")
 
 
+def test_compile_with_numbers_that_change() -> None:
+    """After the first calls such a number is a symbol to torch.compile."""
+    torch._dynamo.reset()
+    x = torch.linspace(-3, 3, 64)
+
+    def f(x: Any, s: float) -> Any:
+        return quark_torch.fake_quantize(x, "int8", scale=s)
+
+    compiled = torch.compile(f, fullgraph=True)
+    for s in (0.1, 0.2, 1 / 3, 1e-40, 0.7):
+        same([compiled(x, s)], [f(x, s)])
+
+
 @some_cells
 def test_compile_grad(function: Function, variant: Variant) -> None:
     if not variant.differentiable:
