@@ -39,13 +39,19 @@ ChunkQueue::ChunkQueue(int64_t items, int threads, Executor::Chunk chunk, void* 
       items_(items),
       size_(std::max<int64_t>(1, items / (int64_t(threads) * 4))),
       count_((items + size_ - 1) / size_),
-      left_(count_) {}
+      left_(count_) {
+  std::atomic_ref(next_).store(0, std::memory_order_release);
+}
+
+ChunkQueue::~ChunkQueue() { (void)std::atomic_ref(next_).load(std::memory_order_acquire); }
 
 bool ChunkQueue::work() {
   bool finished = false;
+  (void)std::atomic_ref(next_).load(std::memory_order_acquire);  // and with it what the maker of the queue wrote
+  const int64_t count = count_;
   for (;;) {
-    const int64_t i = std::atomic_ref(next_).fetch_add(1, std::memory_order_relaxed);
-    if (i >= count_) return finished;
+    const int64_t i = std::atomic_ref(next_).fetch_add(1, std::memory_order_acq_rel);
+    if (i >= count) return finished;  // without another look at the queue, which may be gone
     {
       const FloatEnvironment environment;
       chunk_(context_, i * size_, std::min(items_, (i + 1) * size_));

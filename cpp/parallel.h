@@ -50,11 +50,15 @@ class OpenMPExecutor final : public Executor {
   int threads_;
 };
 
-/// Chunks of an operation handed out one by one to however many threads ask.
+/// Chunks of an operation handed out one by one to however many threads ask. Its own memory orders are enough for what
+/// threads see of each other's work: nothing need be known of those that the host starts them and waits for them by.
 class ChunkQueue {
  public:
   /// About four chunks a thread, so that a slow thread doesn't keep the others waiting.
   ChunkQueue(int64_t items, int threads, Executor::Chunk chunk, void* context);
+  ~ChunkQueue();
+  ChunkQueue(const ChunkQueue&) = delete;
+  ChunkQueue& operator=(const ChunkQueue&) = delete;
 
   /// Runs chunks until none is left. True for the caller that finished the last one.
   bool work();
