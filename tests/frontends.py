@@ -17,7 +17,7 @@ from quark_kernels.schema import OPS, OpSpec, codes_spec, op_spec, outputs, scal
 
 def bits(a: np.ndarray) -> np.ndarray:
     """The bit patterns of an array."""
-    a = np.array(a, order="C", copy=None)
+    a = np.asarray(a, order="C")
     return a.view(np.dtype(f"u{a.itemsize}"))
 
 
