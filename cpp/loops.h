@@ -145,7 +145,7 @@ alignas(64) inline constexpr float kNoZeroPoints[kTile] = {};
 template <class T>
 void repeat(const T* from, int64_t times, int64_t n, float* to) {
   const auto repeat_by = [=](auto count) {
-    for (int64_t i = 0; i < n; ++i) to[i] = float(from[i / count]);
+    for (int64_t i = 0; i < n; ++i) to[i] = float(from[i / count]);  // NOLINT(bugprone-integer-division)
   };
   if (times == 1) return repeat_by(std::integral_constant<int64_t, 1>());
   if (times == 2) return repeat_by(std::integral_constant<int64_t, 2>());
@@ -361,7 +361,7 @@ class Random {
 
   QUARK_INLINE const uint32_t* load(int64_t begin, int64_t count, uint32_t* buffer) const {
     if (!has_key_) return buffer;
-    return shard_ ? load_shard(begin, count, buffer) : load_run(begin, count, buffer);
+    return shard_ ? load_shard(*shard_, begin, count, buffer) : load_run(begin, count, buffer);
   }
 
  private:
@@ -373,9 +373,9 @@ class Random {
   }
 
   /// The shard's rows are runs of the whole array.
-  const uint32_t* load_shard(int64_t begin, int64_t count, uint32_t* buffer) const {
+  const uint32_t* load_shard(const Walk& shard, int64_t begin, int64_t count, uint32_t* buffer) const {
     alignas(64) uint32_t words[kBuffer];
-    shard_->runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
+    shard.runs(begin, count, [&](int64_t position, int64_t offset, int64_t n, int64_t stride) {
       const int64_t from = begin_ + offset;
       if (stride == 1) {
         std::memcpy(buffer + position, load_run(from, n, words), size_t(n) * sizeof(uint32_t));
@@ -598,8 +598,10 @@ class Codes {
   }
 
   QUARK_INLINE const float* load(int64_t begin, int64_t count, float* buffer) const {
+    if (form_.is_number) return data_.load(begin, count, buffer);
     RawTile codes;
-    return floats(load_raw(begin, count, codes), count, buffer);
+    decode_bytes(load_raw(begin, count, codes), count, buffer);
+    return buffer;
   }
 
   // The same as codes: a byte each where they were packed, else in the tensor's own dtype.
@@ -614,11 +616,7 @@ class Codes {
 
   QUARK_INLINE const float* floats(const void* raw, int64_t count, float* buffer) const {
     if (form_.is_number) return data_.floats(raw, count, buffer);
-    if (form_.is_fixed_point) {
-      decode_fixed(static_cast<const uint8_t*>(raw), buffer, count, form_.is_signed, form_.step);
-    } else {
-      decode_all(static_cast<const uint8_t*>(raw), buffer, count, grid_);
-    }
+    decode_bytes(raw, count, buffer);
     return buffer;
   }
 
@@ -645,6 +643,15 @@ class Codes {
   QUARK_INLINE int64_t lead(int64_t begin) const { return form_.is_packed ? begin % form_.row % 8 : 0; }
 
  private:
+  QUARK_INLINE void decode_bytes(const void* raw, int64_t count, float* buffer) const {
+    const auto* codes = static_cast<const uint8_t*>(raw);
+    if (form_.is_fixed_point) {
+      decode_fixed(codes, buffer, count, form_.is_signed, form_.step);
+    } else {
+      decode_all(codes, buffer, count, grid_);
+    }
+  }
+
   /// Codes, one a byte; bits above their width don't matter where they are packed.
   QUARK_INLINE void store_bytes(int64_t begin, int64_t count, const uint8_t* codes, bool stream) const {
     alignas(64) uint8_t packed[kTile + kPackingSlack];

@@ -206,7 +206,7 @@ class ScaleWriter {
 };
 
 /// Raises *to to at least `value`; threads may race.
-QUARK_INLINE void raise(uint32_t* to, uint32_t value) {
+QUARK_INLINE void raise(uint32_t* to, uint32_t value) {  // NOLINT(readability-non-const-parameter)
   uint32_t seen = __atomic_load_n(to, __ATOMIC_RELAXED);
   while (seen < value && !__atomic_compare_exchange_n(to, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
@@ -214,9 +214,9 @@ QUARK_INLINE void raise(uint32_t* to, uint32_t value) {
 
 /// The scales that a flat range of elements can touch, as a range of offsets.
 struct OffsetRange {
-  int64_t first, count;
+  int64_t first = 0, count = 1;
 
-  OffsetRange(const Walk& w, int64_t begin, int64_t end) : first(0), count(1) {
+  OffsetRange(const Walk& w, int64_t begin, int64_t end) {
     if (w.rank == 0) return;
     int64_t inner = 1;
     for (int d = 1; d < w.rank; ++d) {

@@ -19,7 +19,7 @@ struct Walk {
   // Only the axes that there are: a small call would see the cost of the others.
   Walk() = default;
   Walk(const Walk& other) { *this = other; }
-  Walk& operator=(const Walk& other) {
+  Walk& operator=(const Walk& other) {  // NOLINT(bugprone-unhandled-self-assignment): changes nothing
     rank = other.rank;
     for (int d = 0; d < rank; ++d) {
       size[d] = other.size[d];
@@ -127,7 +127,7 @@ inline Walk pair_walk(const TensorView& bits, const int64_t* shape, int axis) {
 
 /// Which axes come first in a walk over groups: the scales' (the elements of each scale follow one another, in
 /// row-major order) or the members' (the first elements of all scales, then the second ones).
-enum class GroupOrder { scales_first, members_first };
+enum class GroupOrder : uint8_t { scales_first, members_first };
 
 /// The walk of a tensor of x's shape, whose axes are whole numbers of groups.
 inline Walk grouped_walk(const TensorView& t, const QuantSpec& spec, GroupOrder order) {

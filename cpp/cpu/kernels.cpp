@@ -242,7 +242,7 @@ Status dequantize_backward(Tensors in, Tensors out, const QuantSpec& spec, Execu
               at += count;
             }
           });
-          const float total = float(sum.finish());
+          const auto total = float(sum.finish());
           const float value = is_nan(total) ? float_of(kNaN) : total;
           t.result.store(index, 1, &value);
         }
