@@ -21,36 +21,67 @@ inline int64_t product(const Shape& shape) {
 
 enum class Layout { aligned, contiguous, strided, broadcast };
 
+/// Strides of an array, in elements; the element of all indices 0 is number `first` of the `span` that it reaches over.
+struct Steps {
+  Shape strides;
+  int64_t first = 0, span = 1;
+};
+
+/// `strided`: permuted, sliced and reversed axes; `broadcast`: also axes of stride zero.
+template <class Random>
+Steps random_steps(Random& random, const Shape& shape, Layout layout) {
+  const size_t rank = shape.size();
+  Steps steps{Shape(rank)};
+  std::vector<size_t> order(rank);
+  std::iota(order.begin(), order.end(), size_t(0));
+  std::reverse(order.begin(), order.end());  // the last axis is the innermost
+  const bool is_contiguous = layout == Layout::aligned || layout == Layout::contiguous;
+  if (!is_contiguous)
+    for (size_t i = rank; i > 1; --i) std::swap(order[i - 1], order[size_t(random.between(0, int64_t(i) - 1))]);
+  for (const size_t d : order) {
+    const int64_t n = std::max<int64_t>(shape[d], 1);
+    int64_t step = steps.span;
+    if (!is_contiguous) step *= random.chance(75) ? 1 : random.between(2, 3);
+    const bool repeated = layout == Layout::broadcast && random.chance(20);
+    if (!repeated) steps.span = step * n;
+    if (!is_contiguous && random.chance(25)) {
+      if (!repeated) steps.first += step * (n - 1);
+      step = -step;
+    }
+    steps.strides[d] = repeated ? 0 : step;
+  }
+  return steps;
+}
+
+/// Writes a number as an element of that dtype; fp8 dtypes are codes.
+inline void store_number(unsigned char* to, DType dtype, double value) {
+  namespace n = quark::QUARK_LEVEL;
+  const auto store = [&](auto element) { std::memcpy(to, &element, sizeof element); };
+  switch (dtype) {
+    case DType::float32: return store(float(value));
+    case DType::float64: return store(value);
+    case DType::float16: return store(n::to_float16(float(value)));
+    case DType::bfloat16: return store(n::to_bfloat16(float(value)));
+    case DType::int8: return store(int8_t(int64_t(value)));
+    case DType::int16: return store(int16_t(int64_t(value)));
+    case DType::uint16: return store(uint16_t(int64_t(value)));
+    case DType::int32: return store(int32_t(value));
+    case DType::int64: return store(int64_t(value));
+    default: return store(uint8_t(int64_t(value)));
+  }
+}
+
 class Array {
  public:
-  /// Random bytes. `aligned`: contiguous, from a boundary of 16 bytes on; `strided`: permuted, sliced and reversed
-  /// axes; `broadcast`: also axes of stride zero.
+  /// Random bytes. `aligned`: contiguous, from a boundary of 16 bytes on.
   Array(check::Random& random, DType dtype, const Shape& shape, Layout layout = Layout::contiguous)
-      : dtype_(dtype), shape_(shape), strides_(shape.size()) {
-    const size_t rank = shape.size();
-    std::vector<size_t> order(rank);
-    std::iota(order.begin(), order.end(), size_t(0));
-    std::reverse(order.begin(), order.end());  // the last axis is the innermost
-    const bool is_contiguous = layout == Layout::aligned || layout == Layout::contiguous;
-    if (!is_contiguous)
-      for (size_t i = rank; i > 1; --i) std::swap(order[i - 1], order[size_t(random.between(0, int64_t(i) - 1))]);
+      : dtype_(dtype), shape_(shape) {
     // With no guard, a sanitizer sees every access outside; with one, the test sees every write.
     const int64_t guard = random.chance(50) ? 0 : 64, shift = layout == Layout::aligned ? 0 : random.between(0, 7);
-    int64_t span = 1;
-    first_ = shift + guard;
-    for (const size_t d : order) {
-      const int64_t n = std::max<int64_t>(shape[d], 1);
-      int64_t step = span;
-      if (!is_contiguous) step *= random.chance(75) ? 1 : random.between(2, 3);
-      const bool repeated = layout == Layout::broadcast && random.chance(20);
-      if (!repeated) span = step * n;
-      if (!is_contiguous && random.chance(25)) {
-        if (!repeated) first_ += step * (n - 1);
-        step = -step;
-      }
-      strides_[d] = repeated ? 0 : step;
-    }
-    bytes_.resize(size_t((shift + span + 2 * guard) * quark::bytes_of(dtype)));
+    const Steps steps = random_steps(random, shape, layout);
+    strides_ = steps.strides;
+    first_ = shift + guard + steps.first;
+    bytes_.resize(size_t((shift + steps.span + 2 * guard) * quark::bytes_of(dtype)));
     for (auto& byte : bytes_) byte = static_cast<unsigned char>(random.bits());
   }
 
@@ -104,21 +135,7 @@ class Array {
       default: return float(get<uint8_t>(flat));
     }
   }
-  void put_number(int64_t flat, double value) {
-    namespace n = quark::QUARK_LEVEL;
-    switch (dtype_) {
-      case DType::float32: return put(flat, float(value));
-      case DType::float64: return put(flat, value);
-      case DType::float16: return put(flat, n::to_float16(float(value)));
-      case DType::bfloat16: return put(flat, n::to_bfloat16(float(value)));
-      case DType::int8: return put(flat, int8_t(int64_t(value)));
-      case DType::int16: return put(flat, int16_t(int64_t(value)));
-      case DType::uint16: return put(flat, uint16_t(int64_t(value)));
-      case DType::int32: return put(flat, int32_t(value));
-      case DType::int64: return put(flat, int64_t(value));
-      default: return put(flat, uint8_t(int64_t(value)));
-    }
-  }
+  void put_number(int64_t flat, double value) { store_number(bytes_.data() + offset(flat), dtype_, value); }
 
   std::string text() const {
     std::string text = quark::name_of(dtype_);
