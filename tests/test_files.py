@@ -438,6 +438,7 @@ LIES: dict[str, bytes] = {
     "no shape": file_of({"a": {"dtype": "U8", "data_offsets": [0, 0]}}),
     "unknown dtype": file_of({"a": entry("I3")}, bytes(4)),
     "no framework's dtype": file_of({"a": entry("F6_E2M3", (8,), (0, 6))}, bytes(6)),
+    "neither true nor false": file_of({"a": entry("BOOL")}, b"\0\1\2\0"),
     "odd F4": file_of({"a": entry("F4", (2, 3), (0, 3))}, bytes(3)),
     "metadata of numbers": file_of({"__metadata__": {"a": 1}}),
     "a name twice": file_of(

@@ -186,12 +186,12 @@ def test_headers(data: bytes, folder: Path) -> None:
             continue
         want = expected(data)
         assert sorted(tensors) == sorted(want)
-        for name, (dtype, shape, content) in want.items():
+        for key, (dtype, shape, content) in want.items():
             if dtype == "F4":
                 shape = [*shape[:-1], shape[-1] // 2]
-            assert str(tensors[name].dtype).removeprefix("torch.") == files.DTYPES[dtype]
-            assert list(tensors[name].shape) == shape
-            assert raw(tensors[name]) == content
+            assert str(tensors[key].dtype).removeprefix("torch.") == files.DTYPES[dtype]
+            assert list(tensors[key].shape) == shape
+            assert raw(tensors[key]) == content
 
 
 # ---- what the metadata says of QTensors ------------------------------------------------------------------------------

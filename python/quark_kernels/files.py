@@ -284,7 +284,10 @@ class Reader:
             if not shape or shape[-1] % 2:
                 raise FileError(f"{self.path}: {name!r} has dtype F4 and shape {shape}; allowed: an even last axis")
             shape = (*shape[:-1], shape[-1] // 2)
-        return Raw(DTYPES[code], shape, self.read(name))
+        data = self.read(name)
+        if code == "BOOL" and data.size and data.max() > 1:  # which the frameworks would take for different things
+            raise FileError(f"{self.path}: {name!r} has dtype BOOL and a byte {data.max()}; allowed: 0 and 1")
+        return Raw(DTYPES[code], shape, data)
 
     def close(self) -> None:
         """Closes the file."""
