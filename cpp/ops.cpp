@@ -86,7 +86,8 @@ bool same_view(const TensorView& a, const TensorView& b) {
 
 /// A device as people write it: cuda:0.
 std::string text_of(const Place& place) {
-  if (place.device == Device::cpu) return "the CPU";
+  if (place.device == Device::cpu)
+    return place.number == 0 ? "the CPU" : "the CPU with device number " + std::to_string(place.number);
   return (place.device == Device::cuda ? "cuda:" : "hip:") + std::to_string(place.number);
 }
 

@@ -906,6 +906,9 @@ TEST(on_several_devices) {
     d.out[0].device_number = 1;
     d.refused(ErrorKind::value, {"quantize: output 0 is on", name, "the call is on the CPU"});
   }
+  Call c = quantize_call();
+  c.in[0].device_number = 3;
+  c.refused(ErrorKind::value, {"quantize: input 0 is on the CPU with device number 3; the call is on the CPU:"});
 }
 
 /// Sets one axis of every data-shaped tensor, so that only the shape itself is wrong.
