@@ -533,6 +533,7 @@ void run(const uint8_t* data, size_t size, bool is_verbose) {
   const Status parsed = quark::parse_spec(text, spec), again = quark::cached_spec(text, cached);
   if (parsed.kind() != again.kind() || parsed.message() != again.message()) call.fail("the cached spec differs");
   if (!parsed.ok()) {
+    if (is_verbose) std::fprintf(stderr, "%s\n", parsed.message().c_str());
     ++all_counts.refused_specs;
     return check_refusal(parsed, call);
   }
@@ -559,6 +560,7 @@ void run(const uint8_t* data, size_t size, bool is_verbose) {
     if (choices.chance(25)) environment.emplace();
     status = quark::run(op, views.in, views.out, choices.chance(50) ? cached : spec, executor);
   }
+  if (is_verbose) std::fprintf(stderr, "%s\n", status.ok() ? "accepted" : status.message().c_str());
   if (!status.ok()) {
     ++all_counts.refused[size_t(op)];
     check_refusal(status, call);

@@ -16,7 +16,7 @@ struct Counts {
 const Counts& counts();
 void print_counts();
 
-/// Parses a spec and makes a call, which `is_verbose` prints before. Ends the process where something doesn't hold.
+/// Parses a spec and makes a call; `is_verbose` prints both. Ends the process where something doesn't hold.
 void run(const uint8_t* data, size_t size, bool is_verbose = false);
 
 }  // namespace fuzz
