@@ -172,7 +172,7 @@ def expected(data: bytes) -> dict[str, tuple[str, list[int], bytes]]:
     return tensors
 
 
-@examples(150)
+@examples(250)
 @given(data=headers())
 @example(data=file_of(b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', b"xy"))
 @example(data=file_of(text_of([Tensor("a", "U8", [1], [0, 1]), Tensor("a", "U8", [1], [1, 2])], None), b"xy"))
