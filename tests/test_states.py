@@ -37,6 +37,7 @@ SPECS = [
     PRESETS["int8"],
     PRESETS["uint4"],
     QuantSpec("int4", PerChannel(0)),
+    QuantSpec("int8", PerChannel(1)),
     QuantSpec("int8", PerToken(), symmetric=False),
     QuantSpec("int4", PerGroup(8), rounding="half_away"),
     PRESETS["fp8_e4m3"],
@@ -303,4 +304,4 @@ class Calls(RuleBasedStateMachine):
 
 
 TestCalls = Calls.TestCase
-TestCalls.settings = examples(40, stateful_step_count=12)
+TestCalls.settings = examples(40, stateful_step_count=20)

@@ -258,10 +258,10 @@ void spoil(Choices& choices, std::vector<Operand>& operands) {
     case 2: std::swap(operands[at].view, operands[other].view); break;
     case 3: t.dtype = DType(choices.between(0, kDTypes - 1)); break;
     case 4: t.shape[axis] = choices.pick(lengths); break;
-    case 5: t.shape[axis] += choices.chance(50) ? 1 : -1; break;
+    case 5: t.shape[axis] = choices.chance(50) ? std::min(t.shape[axis], kMost - 1) + 1 : t.shape[axis] / 2; break;
     case 6: t.rank = choices.chance(75) ? t.rank - 1 : -1; break;
     case 7:
-      if (t.rank < quark::kMaxRank) t.shape[t.rank] = choices.between(0, 2), t.strides[t.rank] = 1;
+      if (t.rank >= 0 && t.rank < quark::kMaxRank) t.shape[t.rank] = choices.between(0, 2), t.strides[t.rank] = 1;
       t.rank = choices.chance(75) ? t.rank + 1 : quark::kMaxRank + 1;
       break;
     case 8: t.strides[axis] = choices.pick(steps); break;
@@ -437,7 +437,7 @@ TensorView example_of(const TensorView& whole, const Shape& lengths, int64_t exa
 /// An output has its bytes for itself, unless it is data that is the very same view as an input's.
 void check_disjoint(const Views& views, const Description& call) {
   static std::vector<uint8_t> marks;
-  marks.assign(size_t(Memory::kCapacity), 0);
+  marks.assign(size_t(memory.used()), 0);
   const auto each_byte = [&](const TensorView& t, const auto& f) {
     const int64_t bytes = quark::bytes_of(t.dtype), first = claim_of(t).elements ? memory.offset(t.data) : 0;
     for_each_element(t, [&](int64_t at) {

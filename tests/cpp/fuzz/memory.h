@@ -89,6 +89,7 @@ class Memory {
     blocks_.emplace_back(first, bytes);
     return bytes_ + first;
   }
+  int64_t used() const { return used_; }
   /// Where nothing may be read.
   unsigned char* nowhere() { return bytes_ + kCapacity; }
 
