@@ -381,7 +381,6 @@ class Checker {
   }
 
   Status check_domain() const {
-    const FloatEnvironment environment;
     const auto domain = *static_cast<const float*>(in_[ins_.find('n')].data);
     if (is_domain(domain)) return {};
     return value_error(here("domain is ") + std::to_string(domain) + "; allowed: an integer from 1 to 2^22");
@@ -576,6 +575,7 @@ Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& q
 }  // namespace
 
 Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& executor) {
+  const FloatEnvironment environment;  // what chunks share is computed before the first of them
   if (spec.batch > 0) return run_batch(op, in, out, spec, executor);
   if (Status status = Checker(kOps[int(op)], in, out, spec).check(Place{}); !status.ok()) return status;
   const CpuLevel* level = nullptr;
@@ -587,6 +587,7 @@ Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& queue) 
   const Place place = in.empty() ? Place{} : in[0].place();
   if (place.device == Device::cpu)
     return value_error(std::string(kOps[int(op)].name) + ": input 0 is on the CPU; a GPU's queue takes tensors on it");
+  const FloatEnvironment environment;
   const GpuPlatform* platform = nullptr;
   if (Status status = gpu_platform(place.device, platform); !status.ok()) return status;
   if (spec.batch > 0) return run_batch(op, in, out, spec, queue, *platform);

@@ -1467,6 +1467,22 @@ TEST(results_do_not_depend_on_the_host_s_float_environment) {
   }
 }
 
+/// 448 times such a range isn't a float.
+TEST(the_scale_of_a_wide_range_in_any_float_environment) {
+  for (const char* most : {"2543699", "8388607", "5000001", "4194305"}) {
+    Call c(Op::choose_qparams, std::string("int2 scale=global ieee block=0 min=-1 max=") + most,
+           {array(DType::float32, {3})}, {array(DType::float32, {1})});
+    for (int i = 0; i < 3; ++i) c.arrays[0].put(i, 0.7f * float(i - 1));
+    CHECK(c.run().ok());
+    const auto plain = c.arrays[1].get<float>(0);
+    {
+      const hostile::Environment environment;
+      CHECK(c.run().ok());
+    }
+    CHECK_EQ(c.arrays[1].get<float>(0), plain);
+  }
+}
+
 TEST(domains_are_checked_in_any_float_environment) {
   for (const float domain : {NAN, 0.5f, 1e30f}) {
     Call c = tqt_call(Op::tqt_quantize, domain);
