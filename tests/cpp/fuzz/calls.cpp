@@ -456,6 +456,31 @@ void check_disjoint(const Views& views, const Description& call) {
   }
 }
 
+/// Where an output has other bytes than it had.
+std::string first_difference(const Views& views, const std::vector<unsigned char>& then) {
+  std::string found;
+  for (size_t i = 0; i < views.out.size(); ++i) {
+    const TensorView& t = views.out[i];
+    const auto bytes = size_t(quark::bytes_of(t.dtype));
+    int64_t number = -1;
+    for_each_element(t, [&](int64_t at) {
+      ++number;
+      const auto* now = static_cast<const unsigned char*>(t.data) + at * int64_t(bytes);
+      const unsigned char* before = then.data() + memory.offset(now);
+      if (!found.empty() || std::memcmp(now, before, bytes) == 0) return;
+      uint64_t words[2] = {};
+      std::memcpy(&words[0], now, bytes);
+      std::memcpy(&words[1], before, bytes);
+      char text[96];
+      std::snprintf(text, sizeof text, ", output %d element %lld: 0x%llx, not 0x%llx", int(i),
+                    static_cast<long long>(number), static_cast<unsigned long long>(words[0]),
+                    static_cast<unsigned long long>(words[1]));
+      found = text;
+    });
+  }
+  return found;
+}
+
 /// Whatever level and however it is cut into chunks, and each example of a batch by itself: the same bits.
 void check_levels(const Views& views, const QuantSpec& spec, const Description& call, int64_t chunk,
                   const std::vector<unsigned char>& before, const std::vector<unsigned char>& after) {
@@ -484,7 +509,7 @@ void check_levels(const Views& views, const QuantSpec& spec, const Description& 
       const Status status = level.kernels[int(call.op)](example.in, example.out, one, executor);
       if (!status.ok()) call.fail(std::string(level.name) + " refused: " + status.message());
     }
-    if (!memory.is(after)) call.fail(std::string(level.name) + " gave other bits");
+    if (!memory.is(after)) call.fail(std::string(level.name) + " gave other bits" + first_difference(views, after));
   }
 }
 
