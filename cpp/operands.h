@@ -69,7 +69,7 @@ struct CodeForm {
         is_signed(is_fixed_point && spec.format.lo < 0),
         step(float_of(uint32_t(spec.format.min_exp - spec.format.mantissa_bits + 127) << 23)),
         row(row_length),
-        row_bytes((row_length * bits + 7) / 8) {}
+        row_bytes(is_packed ? packed_length(row_length, bits) : 0) {}
 
   /// Fixed point: the number of a code that is stored in so many bits, above which there are zeros.
   QUARK_INLINE float number_of(uint32_t code, uint32_t stored_bits) const {

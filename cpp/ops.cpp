@@ -330,7 +330,7 @@ class Checker {
     if (spec_.length >= 0 && spec_.length != shape[rank - 1])
       return value_error(here("the spec's length is ") + std::to_string(spec_.length) + "; the data has shape " +
                          text_of(shape_, rank_));
-    shape[rank - 1] = (shape[rank - 1] * spec_.format.bits + 7) / 8;
+    shape[rank - 1] = packed_length(shape[rank - 1], spec_.format.bits);
     return expect_shape(t, shape, rank, name);
   }
 

@@ -167,4 +167,9 @@ Status cached_spec(std::string_view text, QuantSpec& spec);
 /// Number of scales along an axis of length `size`.
 inline int64_t scale_length(int64_t size, int64_t block) { return block == 0 ? 1 : size / block + (size % block != 0); }
 
+/// Bytes that so many codes of at most 8 bits fill. CPU levels must not share its code.
+[[gnu::always_inline]] constexpr int64_t packed_length(int64_t codes, int64_t bits) {
+  return codes / 8 * bits + (codes % 8 * bits + 7) / 8;
+}
+
 }  // namespace quark

@@ -983,6 +983,20 @@ TEST(impossible_strides) {
     }
 }
 
+TEST(huge_lengths_of_empty_arrays) {
+  constexpr int64_t kHuge = int64_t(1) << 62;
+  Call c(Op::quantize, "int4 packed block=0,0", {array(DType::float32, {0, 3}), array(DType::float32, {})},
+         {array(DType::uint8, {0, 2})});
+  c.in[0].shape[1] = kHuge;
+  c.refused(ErrorKind::value, {"quantize: output 0 has shape (0, 2); expected (0, 2305843009213693952)"});
+  c.out[0].shape[1] = kHuge / 2;
+  CHECK(c.run().ok());
+  Call d(Op::quantize, "int16 block=0,0", {array(DType::float32, {0, 3}), array(DType::float32, {})},
+         {array(DType::int16, {0, 3})});
+  d.in[0].shape[1] = d.out[0].shape[1] = kHuge;
+  CHECK(d.run().ok());
+}
+
 TEST(huge_blocks_are_whole_axes) {
   Call c(Op::quantize, "int8 block=9223372036854775807", {array(DType::float32, {4}), array(DType::float32, {1})},
          {array(DType::int8, {4})});
