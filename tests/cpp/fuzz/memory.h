@@ -61,6 +61,7 @@ void for_each_element(const TensorView& t, const F& f) {
   for (int64_t left = claim_of(t).elements; left > 0; --left) {
     f(at);
     for (int d = t.rank - 1; d >= 0; --d) {
+      if (t.shape[d] == 1) continue;  // there is no step, whatever the stride says
       at += t.strides[d];
       if (++index[d] < t.shape[d]) break;
       at -= index[d] * t.strides[d];
