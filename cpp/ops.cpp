@@ -5,6 +5,7 @@
 #include <limits>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "gpu/gpu.h"
 
@@ -217,11 +218,13 @@ class Checker {
     if (t.rank < 0 || t.rank > kMaxRank)
       return value_error(here(name) + " has " + std::to_string(t.rank) + " axes; allowed: 0 to " +
                          std::to_string(kMaxRank));
-    int64_t n = 1;
+    int64_t n = 1, room = 1;  // without the zeros: lengths of an empty array are multiplied, too
     for (int d = 0; d < t.rank; ++d) {
-      if (t.shape[d] < 0 || __builtin_mul_overflow(n, t.shape[d], &n))
+      if (t.shape[d] < 0 || __builtin_mul_overflow(room, std::max<int64_t>(t.shape[d], 1), &room))
         return value_error(here(name) + " has the impossible shape " + text_of(t));
+      if (t.shape[d] == 0) n = 0;
     }
+    if (n > 0) n = room;
     if (n > std::numeric_limits<int64_t>::max() / 64)
       return value_error(here(name) + " is too large: shape " + text_of(t));
     if (n > 0 && !t.data) return value_error(here(name) + " has no memory (a fake or meta tensor?)");
@@ -444,6 +447,22 @@ constexpr size_t kMostTensors = [] {
   return most;
 }();
 
+/// Those of an empty array may be anything, and are computed with all the same.
+void forget_strides(TensorView& empty) { std::fill_n(empty.strides, kMaxRank, 0); }
+
+/// Calls a kernel, of a CPU level or a GPU.
+template <class AnyKernel, class Runner>
+Status call(AnyKernel kernel, Tensors in, Tensors out, const QuantSpec& spec, Runner& runner) {
+  const auto is_empty = [](const TensorView& t) { return t.elements() == 0; };
+  if (std::none_of(in.begin(), in.end(), is_empty) && std::none_of(out.begin(), out.end(), is_empty))
+    return kernel(in, out, spec, runner);
+  std::vector<TensorView> ins(in.begin(), in.end()), outs(out.begin(), out.end());
+  for (auto* views : {&ins, &outs})
+    for (TensorView& t : *views)
+      if (is_empty(t)) forget_strides(t);
+  return kernel(ins, outs, spec, runner);
+}
+
 /// The tensors of a batch's examples, of one after another. They are as safe as the whole batch's are.
 class Examples {
  public:
@@ -458,7 +477,10 @@ class Examples {
       std::copy_n(whole.shape + axes, view.rank, view.shape);
       std::copy_n(whole.strides + axes, view.rank, view.strides);
       first_[i] = static_cast<char*>(whole.data);
-      if (whole.elements() == 0) continue;  // there may be no memory to step through
+      if (whole.elements() == 0) {  // there may be no memory to step through
+        forget_strides(view);
+        continue;
+      }
       for (int d = 0; d < axes; ++d)
         if (whole.shape[d] != 1) steps_[i][d] = whole.strides[d] * bytes_of(whole.dtype);
     }
@@ -580,7 +602,7 @@ Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor& exec
   if (Status status = Checker(kOps[int(op)], in, out, spec).check(Place{}); !status.ok()) return status;
   const CpuLevel* level = nullptr;
   if (Status status = cpu_level(level); !status.ok()) return status;
-  return level->kernels[int(op)](in, out, spec, executor);
+  return call(level->kernels[int(op)], in, out, spec, executor);
 }
 
 Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& queue) {
@@ -592,7 +614,7 @@ Status run(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& queue) 
   if (Status status = gpu_platform(place.device, platform); !status.ok()) return status;
   if (spec.batch > 0) return run_batch(op, in, out, spec, queue, *platform);
   if (Status status = Checker(kOps[int(op)], in, out, spec).check(place); !status.ok()) return status;
-  return platform->kernels[int(op)](in, out, spec, queue);
+  return call(platform->kernels[int(op)], in, out, spec, queue);
 }
 
 }  // namespace quark

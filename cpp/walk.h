@@ -32,9 +32,7 @@ struct Walk {
   /// Adds an axis inside the others, merged with the axis before it where one stride serves both.
   void push(int64_t n, int64_t step, int64_t neighbours) {
     if (n == 1) return;
-    // An empty array may have any strides: without a sign they wrap.
-    if (rank > 0 && neighbours == 1 && block[rank - 1] == 1 &&
-        uint64_t(stride[rank - 1]) == uint64_t(step) * uint64_t(n)) {
+    if (rank > 0 && neighbours == 1 && block[rank - 1] == 1 && stride[rank - 1] == step * n) {
       size[rank - 1] *= n;
       stride[rank - 1] = step;
       return;

@@ -995,6 +995,18 @@ TEST(huge_lengths_of_empty_arrays) {
          {array(DType::int16, {0, 3})});
   d.in[0].shape[1] = d.out[0].shape[1] = kHuge;
   CHECK(d.run().ok());
+  for (TensorView* t : {&d.in[0], &d.out[0]}) t->rank = 3, t->shape[2] = 4, t->strides[2] = 1;
+  d.refused(ErrorKind::value, {"quantize: input 0", "impossible shape (0, 4611686018427387904, 4)"});
+}
+
+/// Groups along an axis and a step of as good as everything.
+TEST(huge_strides_of_empty_arrays) {
+  Call c(Op::lsq_backward, "int3 block=2,0",
+         {array(DType::float32, {4, 0}), array(DType::float32, {4, 0}), array(DType::float32, {2, 1}),
+          array(DType::float32, {})},
+         {array(DType::float32, {4, 0}), array(DType::float32, {2, 1})});
+  for (TensorView* t : {&c.in[0], &c.in[1], &c.out[0]}) t->strides[0] = -(int64_t(1) << 62);
+  CHECK(c.run().ok());
 }
 
 TEST(huge_blocks_are_whole_axes) {
@@ -1170,7 +1182,7 @@ TEST(no_examples) {
     t->shape[1] = 0;
   }
   CHECK(empty.run().ok());
-  empty.in[0].shape[0] = int64_t(1) << 62;
+  empty.in[0].shape[0] = int64_t(1) << 59;
   empty.refused(ErrorKind::value, {"input 1", "examples"});
 }
 
