@@ -430,7 +430,11 @@ TensorView example_of(const TensorView& whole, const Shape& lengths, int64_t exa
     if (whole.shape[d] != 1) at += example % lengths[size_t(d)] * whole.strides[d];
     example /= lengths[size_t(d)];
   }
-  if (claim_of(whole).elements > 0) t.data = static_cast<char*>(whole.data) + at * quark::bytes_of(t.dtype);
+  if (claim_of(whole).elements > 0) {
+    t.data = static_cast<char*>(whole.data) + at * quark::bytes_of(t.dtype);
+  } else {
+    std::fill_n(t.strides, quark::kMaxRank, 0);  // as kernels are promised
+  }
   return t;
 }
 

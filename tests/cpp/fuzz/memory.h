@@ -38,8 +38,12 @@ inline Claim claim_of(const TensorView& t) {
   Claim c;
   const auto impossible = [] { return Claim{false, 0, 0, 0}; };
   if (t.rank < 0 || t.rank > quark::kMaxRank) return impossible();
-  for (int d = 0; d < t.rank; ++d)
-    if (t.shape[d] < 0 || __builtin_mul_overflow(c.elements, t.shape[d], &c.elements)) return impossible();
+  int64_t room = 1;  // without the zeros
+  for (int d = 0; d < t.rank; ++d) {
+    if (t.shape[d] < 0 || __builtin_mul_overflow(room, std::max<int64_t>(t.shape[d], 1), &room)) return impossible();
+    if (t.shape[d] == 0) c.elements = 0;
+  }
+  c.elements *= room;
   if (c.elements > std::numeric_limits<int64_t>::max() / 64) return impossible();
   if (c.elements == 0) return c;
   const int64_t bytes = quark::bytes_of(t.dtype);
