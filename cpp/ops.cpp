@@ -143,7 +143,7 @@ class Checker {
       if (Status s = check_kind(in_[i], ins_[i], Name{"input ", i}, false); !s.ok()) return s;
     for (size_t i = 0; i < out_.size(); ++i)
       if (Status s = check_kind(out_[i], outs_[i], Name{"output ", i}, true); !s.ok()) return s;
-    if (Status s = check_scale_format(); !s.ok()) return s;
+    if (Status s = check_formats(); !s.ok()) return s;
     return is_learned() ? check_learned() : Status();
   }
 
@@ -352,9 +352,11 @@ class Checker {
     return expect_shape(t, shape, rank_, name);
   }
 
-  /// Which operators take which scales and roundings.
-  Status check_scale_format() const {
+  /// Which operators take which formats, scales and roundings.
+  Status check_formats() const {
     const std::string_view name = row_.name;
+    if ((std::strchr(row_.ins, 'c') || std::strchr(row_.outs, 'c')) && spec_.format.name != std::string_view("codes"))
+      return value_error(here("the format is ") + spec_.format.name + "; expected codes, which have no values");
     const bool chooses = name == "choose_qparams";
     if (spec_.method != Method::extremes && !chooses) return value_error(here("a method is for choose_qparams"));
     if (spec_.scale_format == ScaleFormat::global && !chooses && name != "extremes")

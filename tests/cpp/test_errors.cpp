@@ -793,6 +793,13 @@ TEST(layouts_of_optional_tensors) {
 }
 
 TEST(what_goes_with_which_operator) {
+  for (const char* text : {"fp8_e4m3", "int8", "fp4 packed", "bf16"}) {
+    const DType codes = good(text).packed ? DType::uint8 : good(text).format.storage;
+    Call pack(Op::pack, text, {array(DType::uint8, {4})}, {array(codes, {good(text).packed ? 2 : 4})});
+    pack.refused(ErrorKind::value, {"pack: the format is", "expected codes"});
+    Call unpack(Op::unpack, text, {array(codes, {good(text).packed ? 2 : 4})}, {array(DType::uint8, {4})});
+    unpack.refused(ErrorKind::value, {"unpack: the format is", "expected codes"});
+  }
   struct Refused {
     Op op;
     const char* text;
