@@ -425,16 +425,16 @@ TensorView example_of(const TensorView& whole, const Shape& lengths, int64_t exa
   t.rank -= axes;
   std::copy_n(whole.shape + axes, t.rank, t.shape);
   std::copy_n(whole.strides + axes, t.rank, t.strides);
+  if (claim_of(whole).elements == 0) {
+    std::fill_n(t.strides, quark::kMaxRank, 0);  // as kernels are promised
+    return t;
+  }
   int64_t at = 0;
   for (int d = axes - 1; d >= 0; --d) {
     if (whole.shape[d] != 1) at += example % lengths[size_t(d)] * whole.strides[d];
     example /= lengths[size_t(d)];
   }
-  if (claim_of(whole).elements > 0) {
-    t.data = static_cast<char*>(whole.data) + at * quark::bytes_of(t.dtype);
-  } else {
-    std::fill_n(t.strides, quark::kMaxRank, 0);  // as kernels are promised
-  }
+  t.data = static_cast<char*>(whole.data) + at * quark::bytes_of(t.dtype);
   return t;
 }
 
