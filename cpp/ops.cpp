@@ -479,10 +479,8 @@ class Examples {
       std::copy_n(whole.shape + axes, view.rank, view.shape);
       std::copy_n(whole.strides + axes, view.rank, view.strides);
       first_[i] = static_cast<char*>(whole.data);
-      if (whole.elements() == 0) {  // there may be no memory to step through
-        forget_strides(view);
-        continue;
-      }
+      if (view.elements() == 0) forget_strides(view);
+      if (whole.elements() == 0) continue;  // there may be no memory to step through
       for (int d = 0; d < axes; ++d)
         if (whole.shape[d] != 1) steps_[i][d] = whole.strides[d] * bytes_of(whole.dtype);
     }
