@@ -13,8 +13,9 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-312 test-peers test-cpp test-clang test-simt test-simt-races test-simt-memory \
-  test-gpu-build lint format generated bench exhaustive harden clean
+.PHONY: demo test test-python test-312 test-peers test-cpp test-clang test-sanitized test-races test-aarch64 fuzz \
+  test-simt test-simt-races test-simt-memory test-gpu-build lint tidy format generated bench exhaustive test-long \
+  check-release harden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
@@ -60,6 +61,25 @@ $(VENV)/.test-tools: $(VENV)/.frameworks pyproject.toml
 	$(if $(filter jax,$(FRAMEWORKS)),$(PIP) flax)
 	touch $@
 
+# What builds the package in an environment as it is, without build isolation.
+$(VENV)/.build-tools: $(VENV)/.test-tools
+	$(PIP) 'scikit-build-core>=0.10' 'nanobind>=2.9' 'apache-tvm-ffi>=0.1.7'
+	touch $@
+
+# Environments with the packages of the usual one, in which the module is built otherwise.
+DEBUG := -C cmake.build-type=RelWithDebInfo -C cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1' -C install.strip=false
+OPTIONS_simt := -C cmake.define.QUARK_SIMT=ON
+OPTIONS_asan := $(DEBUG) -C cmake.define.QUARK_SANITIZE=address,undefined
+OPTIONS_tsan := $(DEBUG) -C cmake.define.QUARK_SANITIZE=thread
+PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+$(VENV)/.%: $(VENV)/.installed $(VENV)/.build-tools
+	$(BIN)/python -m venv --without-pip $(VENV)-$*
+	$(BIN)/python $(PACKAGES) > "$$($(VENV)-$*/bin/python $(PACKAGES))/packages.pth"
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --upgrade $(OPTIONS_$*) \
+	  -C build-dir=build/module-$* . --target "$$($(VENV)-$*/bin/python $(PACKAGES))"
+	touch $@
+
 # What the tests of transforms find; `make test` writes it too.
 $(VENV)/transforms.json: $(VENV)/.installed $(VENV)/.test-tools $(wildcard tests/test_transforms_*.py tests/transforms.py)
 	QUARK_TRANSFORMS_JSON=$@ $(BIN)/python -m pytest -q tests/test_transforms_torch.py tests/test_transforms_jax.py \
@@ -67,7 +87,7 @@ $(VENV)/transforms.json: $(VENV)/.installed $(VENV)/.test-tools $(wildcard tests
 
 # ---- C++ -------------------------------------------------------------------------------------------------------------
 
-# A preset of CMakePresets.json: cpp, clang or asan.
+# A preset of CMakePresets.json.
 PRESET ?= cpp
 
 test-cpp: $(VENV)/.test-tools
@@ -76,12 +96,49 @@ test-cpp: $(VENV)/.test-tools
 	PATH="$(abspath $(BIN)):$$PATH" ctest --preset $(PRESET)
 
 # The extension by clang, in the environment as it is (without build isolation), and a short test of it.
-test-clang: $(VENV)/.installed $(VENV)/.test-tools
+test-clang: $(VENV)/.installed $(VENV)/.build-tools
 	$(MAKE) test-cpp PRESET=clang
-	$(PIP) 'scikit-build-core>=0.10' 'apache-tvm-ffi>=0.1.7'
 	PATH="$(abspath $(BIN)):$$PATH" CXX=clang++-19 $(PIP) --no-build-isolation --no-deps --force-reinstall .
 	touch -d @0 $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/test_formats.py tests/test_errors.py
+
+# The C++ tests under sanitizers, then the extension: Python itself knows nothing of them.
+SANITIZED := tests/test_forward.py tests/test_blocks.py tests/test_errors.py tests/test_qtensor.py -k core
+
+test-sanitized: $(VENV)/.asan
+	$(MAKE) test-cpp PRESET=asan
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+	  $(VENV)-asan/bin/python -m pytest -q -p no:cacheprovider $(SANITIZED)
+
+# Data races: libgomp's own barriers are unknown to the sanitizer, so what is seen follows from the core's memory orders.
+test-races: $(VENV)/.tsan
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset tsan
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset tsan --target test_parallel
+	build/tsan/tests/cpp/test_parallel
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1 \
+	  $(VENV)-tsan/bin/python -m pytest -q -p no:cacheprovider tests/test_forward.py tests/test_concurrency.py -k core
+
+# Seconds, or executions: FUZZ=-runs=1000000. What was found lies in build/fuzz/found; fuzz_replay runs it.
+FUZZ ?= -max_total_time=60
+JOBS ?= $(shell nproc)
+
+fuzz: $(VENV)/.test-tools
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset fuzz
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset fuzz
+	mkdir -p build/fuzz/found build/fuzz/new
+	cd build/fuzz/found && ../tests/cpp/fuzz -jobs=$(JOBS) -workers=$(JOBS) -timeout=20 -rss_limit_mb=4096 $(FUZZ) \
+	  ../new ../../../tests/cpp/fuzz/corpus
+
+# Another processor, emulated: the tests' own calls give the bytes that they give here.
+test-aarch64: $(VENV)/.installed $(VENV)/.test-tools
+	scripts/setup_aarch64.sh
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset cpp
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset cpp --target replay
+	PATH="$(abspath $(BIN)):$$PATH" cmake --preset aarch64
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset aarch64 --target replay
+	PYTHON=$(BIN)/python scripts/replay_calls.sh build/cpp/tests/cpp/replay \
+	  "qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/tests/cpp/replay"
 
 # ---- GPU kernels, without a GPU --------------------------------------------------------------------------------------
 
@@ -115,24 +172,13 @@ test-simt-memory: $(VENV)/.test-tools
 	    build/simt-asan/tests/cpp/test_kernels $$test || exit 1; \
 	done
 
-# The module with these kernels, beside the packages of the other environment.
-$(VENV)/.simt: $(VENV)/.installed $(VENV)/.test-tools
-	$(PIP) 'scikit-build-core>=0.10' 'nanobind>=2.9' 'apache-tvm-ffi>=0.1.7'
-	$(BIN)/python -m venv --without-pip $(VENV)-simt
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	  > "$$($(VENV)-simt/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth"
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --upgrade -C cmake.define.QUARK_SIMT=ON . \
-	  --target "$$($(VENV)-simt/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
-	touch $@
-
 # The extension for CUDA and HIP with the compilers alone: it loads without a driver and says that there is no device.
 # And what the compilers made of the arithmetic.
 HIP_FOLDER := $(abspath build)/hip
 LINTED ?= --only 80 90 gfx942 gfx1100
 GPUS ?= $(if $(shell command -v nvcc),CUDA) HIP
 
-test-gpu-build: $(VENV)/.installed $(VENV)/.test-tools
-	$(PIP) 'scikit-build-core>=0.10' 'nanobind>=2.9' 'apache-tvm-ffi>=0.1.7'
+test-gpu-build: $(VENV)/.installed $(VENV)/.build-tools
 	mkdir -p build
 	scripts/setup_hip.sh $(HIP_FOLDER) > build/hip-arguments
 	rm -rf build/gpu-package
@@ -149,6 +195,10 @@ lint: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/ruff check $(PY)
 	$(BIN)/ruff format --check $(PY)
 	$(BIN)/mypy
+
+# clang-tidy over the core and the bindings.
+tidy: $(VENV)/.build-tools
+	$(BIN)/python scripts/tidy.py
 
 format: $(VENV)/.test-tools
 	$(BIN)/clang-format -i $(CPP)
@@ -177,10 +227,33 @@ EXHAUSTIVE ?=
 exhaustive: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python tests/exhaustive.py $(EXHAUSTIVE)
 
-# Another Python, one wheel under every supported jaxlib, the C++ tests under sanitizers, and the GPU's kernels: all
-# Python tests of the operators on the simulated one, under sanitizers, with planted bugs, and the code for every device.
+# Tests that need minutes, or gigabytes; so many times the examples of hypothesis.
+FUZZ_FACTOR ?= 20
+
+test-long: $(VENV)/.installed $(VENV)/.test-tools
+	QUARK_TEST_LONG=1 $(BIN)/python -m pytest -q tests/test_memory.py
+	QUARK_TEST_LONG=1 $(BIN)/python -m pytest -q tests/test_concurrency.py tests/test_failures.py
+	QUARK_FUZZ_FACTOR=$(FUZZ_FACTOR) $(BIN)/python -m pytest -q $(PARALLEL) tests/test_readers_fuzz.py tests/test_states.py
+
+# What a release would consist of: sdist, wheels, licences. ABI3 and NEWER are Pythons of 3.12 and 3.13.
+check-release:
+	PYTHON=$(PYTHON) scripts/check_release.sh
+
+# What is promised in docs/reliability.md: every float32, other machines, sanitizers, 20 million calls of a fuzzer, long
+# tests, one wheel under every supported jaxlib, a release. And the GPU's kernels: all Python tests of the operators on the
+# simulated one, under sanitizers, with planted bugs, and the code for every device.
+RUNS := $(shell expr 20000000 / $$(nproc) + 1)
+
 harden: $(VENV)/.installed
-	$(MAKE) test-cpp PRESET=asan
+	$(MAKE) exhaustive
+	$(MAKE) test-sanitized
+	$(MAKE) test-races
+	$(MAKE) fuzz FUZZ=-runs=$(RUNS)
+	$(MAKE) test-long
+	scripts/setup_aarch64.sh
+	$(MAKE) test-cpp PRESET=aarch64
+	$(MAKE) test-aarch64
+	$(MAKE) check-release
 	$(MAKE) test-312
 	scripts/jaxlib_matrix.sh
 	$(MAKE) test-simt SIMT_TESTS="$(SIMT_TESTS) test_conformance.py test_documented.py test_parity.py test_errors.py" SIMT_ONLY=

@@ -709,7 +709,7 @@ struct Tiling {
   int64_t row, per_row, count;
 
   Tiling(int64_t elements, int64_t row_length, const QuantSpec& spec) {
-    const bool padded = spec.packed && row_length * spec.format.bits % 8 != 0;
+    const bool padded = spec.packed && row_length % 8 * spec.format.bits % 8 != 0;
     row = padded ? row_length : elements;
     per_row = (row + kTile - 1) / kTile;
     count = elements == 0 ? 0 : elements / row * per_row;

@@ -394,11 +394,11 @@ struct GroupRuns {
     for (int d = 0; d < last; ++d)
       if (x.shape[d] != 1 && spec.block[d] != 1) return;
     const int64_t n = x.shape[last], b = spec.block[last];
-    const bool is_padded = spec.packed && n * spec.format.bits % 8 != 0;
+    const bool is_padded = spec.packed && n % 8 * spec.format.bits % 8 != 0;
     group = b == 0 || b > n ? n : b;
     row = n % group == 0 && !is_padded ? elements : n;
     rows = elements / row;
-    const int64_t in_step = group * spec.format.bits % 8 == 0 ? 1 : 8;  // groups from byte to byte
+    const int64_t in_step = group % 8 * spec.format.bits % 8 == 0 ? 1 : 8;  // groups from byte to byte
     if (group >= row) {
       unit = row;
     } else if (!spec.packed) {

@@ -1,4 +1,4 @@
-"""Many callers: threads, forks, other processes and interpreters. Each gets the bits of a lone caller.
+"""Many callers: threads, forks, other processes and interpreters, signals. Each gets the bits of a lone caller.
 
 What is a matter of luck is tried a few times; with QUARK_TEST_LONG=1 often, for minutes.
 """
@@ -423,3 +423,37 @@ def test_subinterpreters_are_refused(first: bool) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("refused: ") and "interpreter" in line for line in lines), lines
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+def interrupt(kind: str) -> None:
+    """Ctrl-C at any time within calls: it raises, and whatever is called then gives the bits that it gave."""
+    jobs = core_jobs(0) if kind == "core" else large_jobs(make(kind), 0, count=4)
+    if kind != "core":
+        jobs += small_jobs(make(kind))[:: 1 if kind == "torch" else 4]
+    expected = [job() for job in jobs]
+    order, raised, rounds = random.Random(0), 0, 300 if LONG else 25
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for _ in range(rounds):
+        try:
+            end = time.monotonic() + 1  # Python may have had to swallow it, in a finalizer
+            signal.setitimer(signal.ITIMER_REAL, 1e-4 + order.random() * 0.02)
+            while time.monotonic() < end:
+                i = order.randrange(len(jobs))
+                assert jobs[i]() == expected[i]
+        except KeyboardInterrupt:
+            raised += 1
+        i = order.randrange(len(jobs))
+        assert jobs[i]() == expected[i]
+    expect(jobs, expected)
+    assert raised > rounds / 2, f"{raised} of {rounds}"
+
+
+@pytest.mark.parametrize("kind", ["core", "torch", "jax"])
+def test_interrupts(kind: str) -> None:
+    if kind != "core":
+        pytest.importorskip(kind)
+    done = run_python(f"import test_concurrency as t; t.interrupt({kind!r})")
+    assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ each_element(QUARK_ARGUMENT const ElementArguments a) {
   if (is_packed) {
     const int64_t pack = block() * kThreads + thread();
     // A row whose bytes end in padding bits is by itself.
-    const int64_t row = a.out.form.row * a.out.form.bits % 8 == 0 ? a.elements : a.out.form.row;
+    const int64_t row = a.out.form.row % 8 * a.out.form.bits % 8 == 0 ? a.elements : a.out.form.row;
     const int64_t packs = (row + kPack - 1) / kPack, in_row = divide(pack, packs);
     const int64_t begin = a.first + (pack - in_row * packs) * kPack;
     first = in_row * row + begin;
@@ -80,7 +80,7 @@ each_element(QUARK_ARGUMENT const ElementArguments a) {
 inline int64_t threads_for_elements(const ElementArguments& a) {
   if (!a.out.form.is_packed) return (a.elements - a.first + kPerThread - 1) / kPerThread;
   if (a.first > 0) return (a.elements - a.first + kPack - 1) / kPack;
-  const bool is_padded = a.out.form.row * a.out.form.bits % 8 != 0;
+  const bool is_padded = a.out.form.row % 8 * a.out.form.bits % 8 != 0;
   const int64_t row = is_padded ? a.out.form.row : a.elements;
   return a.elements == 0 ? 0 : a.elements / row * ((row + kPack - 1) / kPack);
 }
