@@ -77,7 +77,7 @@ $(VENV)/.%: $(VENV)/.installed $(VENV)/.build-tools
 	$(BIN)/python -m venv --without-pip $(VENV)-$*
 	$(BIN)/python $(PACKAGES) > "$$($(VENV)-$*/bin/python $(PACKAGES))/packages.pth"
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --upgrade $(OPTIONS_$*) \
-	  -C build-dir=build/module-$* . --target "$$($(VENV)-$*/bin/python $(PACKAGES))"
+	  -C cmake.define.QUARK_WERROR=ON -C build-dir=build/module-$* . --target "$$($(VENV)-$*/bin/python $(PACKAGES))"
 	touch $@
 
 # What the tests of transforms find; `make test` writes it too.
@@ -90,7 +90,13 @@ $(VENV)/transforms.json: $(VENV)/.installed $(VENV)/.test-tools $(wildcard tests
 # A preset of CMakePresets.json.
 PRESET ?= cpp
 
+# What its compiler comes from, on Debian: sanitizers and the fuzzer have packages of their own.
+PACKAGES_clang := clang-19
+PACKAGES_fuzz := clang-19 libclang-rt-19-dev llvm-19
+PACKAGES_aarch64 := g++-aarch64-linux-gnu qemu-user
+
 test-cpp: $(VENV)/.test-tools
+	$(if $(PACKAGES_$(PRESET)),scripts/packages.sh $(PACKAGES_$(PRESET)))
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset $(PRESET)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset $(PRESET)
 	PATH="$(abspath $(BIN)):$$PATH" ctest --preset $(PRESET)
@@ -98,12 +104,13 @@ test-cpp: $(VENV)/.test-tools
 # The extension by clang, in the environment as it is (without build isolation), and a short test of it.
 test-clang: $(VENV)/.installed $(VENV)/.build-tools
 	$(MAKE) test-cpp PRESET=clang
-	PATH="$(abspath $(BIN)):$$PATH" CXX=clang++-19 $(PIP) --no-build-isolation --no-deps --force-reinstall .
+	PATH="$(abspath $(BIN)):$$PATH" CXX=clang++-19 $(PIP) --no-build-isolation --no-deps --force-reinstall \
+	  -C cmake.define.QUARK_WERROR=ON .
 	touch -d @0 $(VENV)/.installed
 	$(BIN)/python -m pytest -q tests/test_formats.py tests/test_errors.py
 
 # The C++ tests under sanitizers, then the extension: Python itself knows nothing of them.
-SANITIZED := tests/test_forward.py tests/test_blocks.py tests/test_errors.py tests/test_qtensor.py -k core
+SANITIZED = $(addprefix tests/,$(SIMT_TESTS) test_errors.py) -k core
 
 test-sanitized: $(VENV)/.asan
 	$(MAKE) test-cpp PRESET=asan
@@ -111,28 +118,32 @@ test-sanitized: $(VENV)/.asan
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
 	  $(VENV)-asan/bin/python -m pytest -q -p no:cacheprovider $(SANITIZED)
 
-# Data races: libgomp's own barriers are unknown to the sanitizer, so what is seen follows from the core's memory orders.
+# Data races, in the C++ tests that have threads: libgomp's own barriers are unknown to the sanitizer, so what is seen
+# follows from the core's memory orders.
+THREADED := parallel determinism
+
 test-races: $(VENV)/.tsan
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset tsan
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset tsan --target test_parallel
-	build/tsan/tests/cpp/test_parallel
-	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1 \
-	  $(VENV)-tsan/bin/python -m pytest -q -p no:cacheprovider tests/test_forward.py tests/test_concurrency.py -k core
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset tsan --target $(addprefix test_,$(THREADED))
+	for test in $(THREADED); do QUARK_TEST_CALLS=100 build/tsan/tests/cpp/test_$$test || exit 1; done
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1:suppressions=tests/tsan.supp \
+	  $(VENV)-tsan/bin/python -m pytest -q -s -p no:cacheprovider tests/test_forward.py tests/test_concurrency.py -k core
 
 # Seconds, or executions: FUZZ=-runs=1000000. What was found lies in build/fuzz/found; fuzz_replay runs it.
 FUZZ ?= -max_total_time=60
 JOBS ?= $(shell nproc)
 
 fuzz: $(VENV)/.test-tools
+	scripts/packages.sh $(PACKAGES_fuzz)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset fuzz
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset fuzz
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset fuzz --target fuzz fuzz_replay
 	mkdir -p build/fuzz/found build/fuzz/new
-	cd build/fuzz/found && ../tests/cpp/fuzz -jobs=$(JOBS) -workers=$(JOBS) -timeout=20 -rss_limit_mb=4096 $(FUZZ) \
-	  ../new ../../../tests/cpp/fuzz/corpus
+	cd build/fuzz/found && ../tests/cpp/fuzz -jobs=$(JOBS) -workers=$(JOBS) -max_len=256 -use_counters=0 -entropic=0 \
+	  -timeout=60 -rss_limit_mb=4096 $(FUZZ) ../new ../../../tests/cpp/fuzz/corpus
 
 # Another processor, emulated: the tests' own calls give the bytes that they give here.
 test-aarch64: $(VENV)/.installed $(VENV)/.test-tools
-	scripts/setup_aarch64.sh
+	scripts/packages.sh $(PACKAGES_aarch64)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset cpp
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build --preset cpp --target replay
 	PATH="$(abspath $(BIN)):$$PATH" cmake --preset aarch64
@@ -236,13 +247,16 @@ test-long: $(VENV)/.installed $(VENV)/.test-tools
 	QUARK_FUZZ_FACTOR=$(FUZZ_FACTOR) $(BIN)/python -m pytest -q $(PARALLEL) tests/test_readers_fuzz.py tests/test_states.py
 
 # What a release would consist of: sdist, wheels, licences. ABI3 and NEWER are Pythons of 3.12 and 3.13.
+# POLICY is the newest platform tag that the wheels may have: that of Debian 12's libstdc++.
+POLICY ?= manylinux_2_35_x86_64
+
 check-release:
-	PYTHON=$(PYTHON) scripts/check_release.sh
+	PYTHON=$(PYTHON) POLICY=$(POLICY) scripts/check_release.sh
 
 # What is promised in docs/reliability.md: every float32, other machines, sanitizers, 20 million calls of a fuzzer, long
 # tests, one wheel under every supported jaxlib, a release. And the GPU's kernels: all Python tests of the operators on the
 # simulated one, under sanitizers, with planted bugs, and the code for every device.
-RUNS := $(shell expr 20000000 / $$(nproc) + 1)
+RUNS := $(shell expr 20000000 / $(JOBS) + 1)
 
 harden: $(VENV)/.installed
 	$(MAKE) exhaustive
@@ -250,12 +264,12 @@ harden: $(VENV)/.installed
 	$(MAKE) test-races
 	$(MAKE) fuzz FUZZ=-runs=$(RUNS)
 	$(MAKE) test-long
-	scripts/setup_aarch64.sh
 	$(MAKE) test-cpp PRESET=aarch64
 	$(MAKE) test-aarch64
 	$(MAKE) check-release
 	$(MAKE) test-312
 	scripts/jaxlib_matrix.sh
+	PYTHON=$(PYTHON312) scripts/jaxlib_matrix.sh newest
 	$(MAKE) test-simt SIMT_TESTS="$(SIMT_TESTS) test_conformance.py test_documented.py test_parity.py test_errors.py" SIMT_ONLY=
 	for warp in 32 64; do \
 	  QUARK_TEST_LEVEL=simt QUARK_SIMT_WARP=$$warp QUARK_SIMT_ORDER=backward build/simt/tests/cpp/test_kernels || exit 1; \

@@ -312,7 +312,7 @@ QUARK_INLINE float quantize_value(float x, float s, float z, uint32_t random, co
   if constexpr (has_zero(A)) {
     const float t = is_nan(v) ? float_of(g.nan) : v;
     const float y = clamp(round_to_integer<R>(t, random) + z, g.lo, g.hi) + 0.0f;  // as z may be -0
-    return with_nan(y, float_of(kNaN));
+    return is_nan(y) ? float_of(kNaN) : y;  // where t and z both are, compilers choose which NaN the sum is
   }
   float y = v;
   if constexpr (is_minifloat(A)) y = round_to_grid<R>(clamp(v, g.lo, g.hi), random, g);

@@ -35,6 +35,7 @@ offline() {
   if unshare --user --map-root-user --net true 2>/dev/null; then
     unshare --user --map-root-user --net "$@"
   else
+    say "skipped: taking the network away, which this machine doesn't allow"
     "$@"
   fi
 }

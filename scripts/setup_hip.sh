@@ -27,23 +27,7 @@ architectures=("$@")
 
 # ---- packages -------------------------------------------------------------------------------------------------------
 # clang-tools-19 has clang-offload-bundler, which joins the code of several architectures; lld-19 links each of them.
-packages=(clang-19 clang-tools-19 lld-19 libamdhip64-dev rocm-device-libs)
-missing=()
-for package in "${packages[@]}"; do
-  state=$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null || true)
-  [ "$state" = installed ] || missing+=("$package")
-done
-if [ ${#missing[@]} -gt 0 ]; then
-  if [ "$(id -u)" -ne 0 ]; then
-    say "missing: apt-get install --no-install-recommends ${missing[*]}"
-    exit 1
-  fi
-  say "installing ${missing[*]}"
-  apt-get update -qq >&2
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
-else
-  say "installed already: ${packages[*]}"
-fi
+"$(dirname "$0")/packages.sh" clang-19 clang-tools-19 lld-19 libamdhip64-dev rocm-device-libs
 
 clang=/usr/bin/clang++-19
 known=$("$clang" --target=amdgcn-amd-amdhsa -nogpulib --print-supported-cpus 2>&1)

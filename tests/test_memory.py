@@ -6,6 +6,7 @@ QUARK_TEST_LONG=1 adds arrays of more than 2^31 elements (10 GiB) and ten times 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib
 import os
@@ -22,6 +23,7 @@ import reference
 from conftest import make
 from frontends import bits
 from quark_kernels import QuantSpec, _core
+from test_learned import gradients
 
 LONG = bool(os.environ.get("QUARK_TEST_LONG"))
 MIB = 1 << 20
@@ -175,6 +177,12 @@ def test_too_many_axes(dimensions: int, framework: Any) -> None:
         ("inputs", lambda: kernel.quant_fp8_e5m2(x)),
         ("inputs", lambda: kernel.dequant_fp8_e5m2(fp8)),
         ("inputs", lambda: kernel.dequantize("int8", codes, one, None, 1, 1, "per_tensor")),
+        ("inputs", lambda: kernel.scaled_fake_quantize("int8", x, one, None, 1, 1, -128, 127, 8, "per_tensor")),
+        ("inputs", lambda: kernel.scaled_real_quantize("int8", x, one, None, 1, 1, -128, 127, 8, "per_tensor")),
+        ("input_tensor", lambda: kernel.non_scaled_fake_quantize(x, "mx", "fp4", -1, 32)),
+        ("input_tensor", lambda: kernel.non_scaled_real_quantize(x, "mx", "fp4", -1, 32)),
+        ("x", lambda: kernel.lsq_quantize(x, one, None, 0.1, -8, 7)),
+        ("inputs", lambda: kernel.tqt_quantize(x, one, None, 128, 8)),
     ]
     for name, call in calls:
         with pytest.raises(ValueError, match=f"{name} has {dimensions} dimensions; at most 16"):
@@ -234,7 +242,7 @@ def data_calls(framework: Any) -> dict[str, Callable[[], Any]]:
     stochastic = QuantSpec("int8", rounding="stochastic")
     q = {spec: api.quantize(x, spec) for spec in ("int8", "mxfp4", "mx9")}
 
-    def gradients(f: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
+    def backward(f: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
         """The result and the gradients."""
         if framework.name == "torch":
             import torch
@@ -267,13 +275,13 @@ def data_calls(framework: Any) -> dict[str, Callable[[], Any]]:
         **{f"dequantize, {spec}": (lambda spec=spec: q[spec].dequantize()) for spec in q},
         "fake_quantize, given scale": lambda: api.fake_quantize(x, "int8", scale=one),
         "fake_quantize, dynamic": lambda: api.fake_quantize(x, "fp8_e4m3", axis=0),
-        "fake_quantize, gradient": gradients(lambda x: api.fake_quantize(x, "int8", axis=0), x),
+        "fake_quantize, gradient": backward(lambda x: api.fake_quantize(x, "int8", axis=0), x),
         "choose_qparams, absmax": lambda: api.choose_qparams(x, "int8", axis=0),
         "choose_qparams, percentile, rows": lambda: api.choose_qparams(x, "int8", axis=0, method="percentile"),
         "choose_qparams, percentile": lambda: api.choose_qparams(x, "int8", method="percentile"),
         "choose_qparams, mse, rows": lambda: api.choose_qparams(x, "int8", axis=0, method="mse"),
-        "lsq_quantize, gradients": gradients(lambda x, s: api.lsq_quantize(x, s, quant_min=-8, quant_max=7), x, one),
-        "tqt_quantize, gradients": gradients(api.tqt_quantize, x, threshold),
+        "lsq_quantize, gradients": backward(lambda x, s: api.lsq_quantize(x, s, quant_min=-8, quant_max=7), x, one),
+        "tqt_quantize, gradients": backward(api.tqt_quantize, x, threshold),
         "pack": lambda: api.pack(codes, 4),
         "pack, axis 0": lambda: api.pack(codes, 4, 0),
         "unpack": lambda: api.unpack(packed, 4, signed=False),
@@ -290,8 +298,8 @@ def data_calls(framework: Any) -> dict[str, Callable[[], Any]]:
         "kernel.dequantize": lambda: kernel.dequantize("int8", int8, one, None, 1, 1, "per_tensor"),
         "kernel.non_scaled_fake_quantize": lambda: kernel.non_scaled_fake_quantize(x, "mx", "fp4", -1, 32),
         "kernel.non_scaled_real_quantize": lambda: kernel.non_scaled_real_quantize(x, "mx", "fp4", -1, 32),
-        "kernel.lsq_quantize, gradients": gradients(lambda x, s: kernel.lsq_quantize(x, s, None, 0.1, -8, 7), x, one),
-        "kernel.tqt_quantize, gradients": gradients(lambda x, t: kernel.tqt_quantize(x, t, None, 128, 8), x, threshold),
+        "kernel.lsq_quantize, gradients": backward(lambda x, s: kernel.lsq_quantize(x, s, None, 0.1, -8, 7), x, one),
+        "kernel.tqt_quantize, gradients": backward(lambda x, t: kernel.tqt_quantize(x, t, None, 128, 8), x, threshold),
     }
 
 
@@ -336,12 +344,17 @@ def test_memory_does_not_grow(name: str) -> None:
     else:
         framework = make(name)
         api, data = framework.api, framework.array(x)
-        q = api.quantize(data, "mxfp4")
+        q, codes = api.quantize(data, "mxfp4"), framework.array(x.astype(np.int8).view(np.uint8) & 7)
+        kernel = importlib.import_module(f"{api.__name__}.kernel")
+        learned = functools.partial(api.lsq_quantize, quant_min=-8, quant_max=7)
         calls = [
             lambda: api.quantize(data, "int4", group_size=16, packed=True),
             lambda: api.fake_quantize(data, "fp8_e4m3", scale=0.1),
             lambda: api.choose_qparams(data, "int8", axis=0),
             lambda: q.dequantize(),
+            lambda: api.pack(codes, 3),
+            lambda: kernel.non_scaled_fake_quantize(data, "mx", "fp4", -1, 32),
+            lambda: gradients(framework, learned, x, one[0, 0], x),
             lambda: pytest.raises(ValueError, api.quantize, data, "int8", axis=5),
         ]
 

@@ -351,12 +351,16 @@ def test_checkpoints(choice: st.DataObject, folder: Path) -> None:
     done, error = attempt(lambda: checkpoint.quantize_checkpoint(source, target, options), ValueError, OSError)
     if done is None:
         names = header if isinstance(header, dict) else {}
-        assert any(name in error for name in ("safetensors", *map(repr, names))), error
+        files = str(source / "model.safetensors.index.json"), str(source / "a.safetensors")
+        assert any(name in error for name in (*files, *map(repr, names))), error
         assert not target.exists()
     else:
         assert done.quantized > 0
         assert set(index["weight_map"].values()) == {"a.safetensors"}
         loaded = interop.load_safetensors(target / "a.safetensors")
+        assert {name.removesuffix(".scale") for name in index["weight_map"]} <= {
+            n.removesuffix(".scale") for n in loaded
+        }
         assert sum(isinstance(t, QTensorBase) for t in loaded.values()) >= done.quantized
         shutil.rmtree(target)
     assert not list(root.glob(".quark*"))

@@ -41,6 +41,10 @@ def check_array(name: str, x: object, allowed: str = "a jax.Array or NumPy array
     schema.expect_rank(name, x.ndim)
     if isinstance(x, jax.Array):
         return x
+    if not x.dtype.isnative:
+        raise TypeError(
+            f"{name} has dtype {x.dtype.str}; allowed: this machine's byte order, {x.dtype.newbyteorder().str}"
+        )
     _expect_32_bits(name, x)
     return jnp.asarray(x)
 

@@ -260,6 +260,7 @@ def quantize_plan(
     real: bool,
 ) -> Plan:
     """Plan scaled_real_quantize, or scaled_fake_quantize, of ``inputs`` of this shape and dtype. Not of the casts."""
+    expect_rank("inputs", len(shape))
     _no_fp8_groups(quant_dtype, qscheme)
     block, s, z = _granularity("inputs", shape, scale, zero_point, axis, group_size, qscheme, own_first=real)
     if quant_dtype not in INTEGERS:

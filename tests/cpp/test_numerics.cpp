@@ -521,6 +521,9 @@ TEST(integers_in_every_order) {
     CHECK_EQ(shifted(kInf, 1, z, 0, int8), 0.0f);
     CHECK_EQ(shifted(kInf, 1, z, 0, ieee), nan_of(false));
   }
+  const auto affine = quantize_value<Arithmetic::affine, Rounding::half_even>;
+  for (const float x : {1.0f, nan_of(false), nan_of(true)})
+    for (const float z : {nan_of(false), nan_of(true)}) CHECK_EQ(affine(x, 1, z, 0, ieee), nan_of(false));
 }
 
 TEST(zeros_and_nan_of_float_formats) {

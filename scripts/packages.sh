@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# A compiler for aarch64 and an emulator, on Debian 12: what the preset `aarch64` needs to run the C++ tests on another
-# processor's arithmetic. Tells what it does on stderr.
+# Debian packages that a test needs: installs those that are missing, or says which. Tells what it does on stderr.
+# usage: scripts/packages.sh PACKAGE ...
 set -euo pipefail
-say() { echo "setup_aarch64: $*" >&2; }
+say() { echo "packages: $*" >&2; }
 
-packages=(g++-aarch64-linux-gnu qemu-user)
 missing=()
-for package in "${packages[@]}"; do
+for package in "$@"; do
   state=$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null || true)
   [ "$state" = installed ] || missing+=("$package")
 done
 if [ ${#missing[@]} -eq 0 ]; then
-  say "installed already: ${packages[*]}"
+  say "installed already: $*"
 elif [ "$(id -u)" -ne 0 ]; then
   say "missing: apt-get install --no-install-recommends ${missing[*]}"
   exit 1
@@ -20,4 +19,3 @@ else
   apt-get update -qq >&2
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2
 fi
-say "$(aarch64-linux-gnu-g++ --version | sed -n 1p), $(qemu-aarch64 --version | sed -n 1p)"
