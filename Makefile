@@ -29,7 +29,9 @@ test-python: $(VENV)/.installed $(VENV)/.test-tools
 	QUARK_TRANSFORMS_JSON=$(VENV)/transforms.json $(BIN)/python -m pytest $(PARALLEL) $(addprefix tests/,$(TESTS))
 
 # Core and JAX on another Python, for which there is one wheel of the stable ABI.
-PYTHON312 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12)),$(shell command -v python3.12))
+PYTHON312 ?= $(call newest,3.12)
+PYTHON313 ?= $(call newest,3.13)
+newest = $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/$1.*/bin/python$1)),$(shell command -v python$1))
 
 test-312:
 	@test -n "$(PYTHON312)" || { echo "no Python 3.12 on this machine: PYTHON312=..." >&2; exit 1; }
@@ -246,12 +248,12 @@ test-long: $(VENV)/.installed $(VENV)/.test-tools
 	QUARK_TEST_LONG=1 $(BIN)/python -m pytest -q tests/test_concurrency.py tests/test_failures.py
 	QUARK_FUZZ_FACTOR=$(FUZZ_FACTOR) $(BIN)/python -m pytest -q $(PARALLEL) tests/test_readers_fuzz.py tests/test_states.py
 
-# What a release would consist of: sdist, wheels, licences. ABI3 and NEWER are Pythons of 3.12 and 3.13.
+# What a release would consist of: sdist, wheels, licences.
 # POLICY is the newest platform tag that the wheels may have: that of Debian 12's libstdc++.
 POLICY ?= manylinux_2_35_x86_64
 
 check-release:
-	PYTHON=$(PYTHON) POLICY=$(POLICY) scripts/check_release.sh
+	PYTHON=$(PYTHON) ABI3=$(PYTHON312) NEWER=$(PYTHON313) POLICY=$(POLICY) scripts/check_release.sh
 
 # What is promised in docs/reliability.md: every float32, other machines, sanitizers, 20 million calls of a fuzzer, long
 # tests, one wheel under every supported jaxlib, a release. And the GPU's kernels: all Python tests of the operators on the
