@@ -718,7 +718,7 @@ def _fake_quantize_vjp(x: jax.Array, params: QParams, spec: OpSpec, gradient: st
 def _fake_quantize_forward(x: Any, params: QParams, spec: OpSpec, gradient: str) -> tuple[jax.Array, Any]:
     if params.scale is None:
         params = choose(x, spec)._replace(key=params.key)
-    y = _fake_quantize_vjp(x, params, spec, gradient)
+    y: Any = _fake_quantize_vjp(x, params, spec, gradient)
     return y, ((x, params) if gradient == "clipped" else None)
 
 
@@ -826,13 +826,14 @@ def _learned_vjp(
 def _learned_forward(
     x: Any, parameter: Any, number: Any, zero_point: Any, kind: str, forward: OpSpec, backward: OpSpec
 ) -> tuple[jax.Array, Any]:
-    y = _learned_vjp(x, parameter, number, zero_point, kind, forward, backward)
+    y: Any = _learned_vjp(x, parameter, number, zero_point, kind, forward, backward)
     return y, (x, parameter, number, zero_point)
 
 
 def _learned_backward(kind: str, forward: OpSpec, backward: OpSpec, saved: Any, grad: jax.Array) -> Any:
     parameter = saved[1]
-    dx, dp = _learned_gradients(grad, *saved, kind, backward)
+    gradients: Any = _learned_gradients(grad, *saved, kind, backward)
+    dx, dp = gradients
     return dx, cut_like(converted(dp.reshape(parameter.shape), parameter.dtype.name), parameter), None, None
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from quark_jax.functions import (
     ONE,
@@ -348,7 +349,7 @@ def tqt_quantize(
     plan = learn_plan(documented.tqt_plan, x, t, z, round_mode)
     documented.expect_domain(domain)
     number = number_array("domain", domain)
-    if not isinstance(number, jax.core.Tracer):
+    if not isinstance(number, Tracer):
         documented.expect_domain(float(number))
     return learned("tqt", x, t, number, z, plan)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 try:
     from flax import nnx
@@ -364,7 +365,7 @@ class _Learned(nnx.Module):
         variable = getattr(self, self._name)
         parameter: jax.Array = variable.get_value()
         initialized = self.initialized.get_value()
-        is_ready = not isinstance(initialized, jax.core.Tracer) and bool(initialized.all())
+        is_ready = not isinstance(initialized, Tracer) and bool(initialized.all())
         if is_ready or x.size == 0:
             return parameter
         operands = lax.stop_gradient((x, parameter))
@@ -434,7 +435,7 @@ class LSQFakeQuantize(_Learned):
         whole = learned_spec(spec if isinstance(spec, numbers.Integral) else resolve_spec(spec), signed, axis)
         start = _given_start("scale", scale)
         shape = channels_shape(whole, channels, None if start is None else start.shape)
-        if start is not None and not isinstance(start, jax.core.Tracer) and not bool((start > 0).all()):
+        if start is not None and not isinstance(start, Tracer) and not bool((start > 0).all()):
             raise ValueError(f"scale is {scale}; allowed: above 0")
         super().__init__(whole, "scale", None if start is None else start.reshape(shape), 1.0, shape)
         self.quant_min, self.quant_max = code_range(whole)

@@ -104,12 +104,15 @@ class Framework(Protocol):
 
     def to_framework(self, bits: Array, dtype: str) -> Any:
         """Bits as this framework's array of `dtype`, on the CPU."""
+        raise NotImplementedError
 
     def to_bits(self, x: Any) -> Array:
         """An array's bits as unsigned integers of the same width."""
+        raise NotImplementedError
 
     def timed_fake_quantize(self, x: Tensor, preset: str) -> Callable[[], object]:
         """A call that fake-quantizes `x` and returns when the values are there."""
+        raise NotImplementedError
 
 
 class Torch:

@@ -120,9 +120,9 @@ def describe(name: str, x: Any) -> Part:
         if x.device.type == "meta":
             raise ValueError(f"{name} is a meta tensor; it has no bytes")
     if framework == "jax":
-        import jax
+        from jax.core import Tracer
 
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, Tracer):
             raise TypeError(f"{name} is a tracer; inside jit there are no bytes, call this outside")
         if x.is_deleted():
             raise ValueError(f"{name} has been deleted or donated; it has no bytes")

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     import jax
     import torch
 
+__all__ = [
+    "compressed_tensors_scheme",
+    "from_compressed_tensors",
+    "load_safetensors",
+    "save_safetensors",
+    "to_compressed_tensors",
+    "to_jax",
+    "to_torch",
+]
+
 ALIGNMENT = 64
 """Bytes. XLA's CPU backend uses a buffer as it is only if it starts on such a boundary."""
 
@@ -75,6 +85,7 @@ def to_torch(x: Any, copy: bool | None = None) -> Any:
     """
     import jax
     import torch
+    from jax.core import Tracer
 
     import quark_jax
     import quark_torch
@@ -85,7 +96,7 @@ def to_torch(x: Any, copy: bool | None = None) -> Any:
         if isinstance(value, quark_jax.QTensor):
             dtype = getattr(torch, value.dtype.name)
             return quark_torch.QTensor(**_parts(value, lambda a: _array_to_torch(a, copy), dtype))
-        if isinstance(value, jax.core.Tracer):
+        if isinstance(value, Tracer):
             raise TypeError("x holds a tracer; inside jit there is no value to share, call to_torch outside")
         if isinstance(value, jax.Array):
             return _array_to_torch(value, copy)
@@ -310,5 +321,5 @@ def _array_to_torch(a: jax.Array, copy: bool | None) -> torch.Tensor:
                 f"copy is False, but x is sharded over {len(devices)} devices; allowed: copy=None or copy=True"
             )
         a = jax.device_put(a, next(iter(sorted(devices, key=str))))
-    t = torch.utils.dlpack.from_dlpack(a)
+    t = torch.from_dlpack(a)
     return t.clone() if copy else t

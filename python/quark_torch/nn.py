@@ -8,7 +8,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ __all__ = [
     "TQTFakeQuantize",
 ]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 LARGEST = float(torch.finfo(torch.float32).max)
 LONGEST = 4096  # bytes of a spec's text
 
@@ -62,7 +63,12 @@ LONGEST = 4096  # bytes of a spec's text
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # type: ignore[misc]
+def _uncompiled(function: Function) -> Function:
+    """``torch.compiler.disable``, with the function's own type."""
+    return cast(Function, torch.compiler.disable(function))
+
+
+@_uncompiled
 def _reshape(buffer: Tensor, shape: torch.Size) -> None:
     """Give a buffer another shape. It stays the tensor that DistributedDataParallel, say, took hold of."""
     new = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
@@ -180,11 +186,9 @@ class MinMaxObserver(_Stateful):
 
     def _refusals(self, loaded: dict[str, Tensor]) -> dict[str, str]:
         refused = super()._refusals(loaded)
-        after = {
-            name: getattr(self, name) if name in refused else loaded.get(name, getattr(self, name))
-            for name in self._lazy
-        }
-        shapes = {name: tuple(part.shape) for name, part in after.items()}
+        parts: dict[str, Tensor] = {name: getattr(self, name) for name in self._lazy}
+        parts |= {name: part for name, part in loaded.items() if name in parts and name not in refused}
+        shapes = {name: tuple(part.shape) for name, part in parts.items()}
         if len(set(shapes.values())) > 1:
             for name, other in (("min_val", "max_val"), ("max_val", "min_val")):
                 if name in loaded:
@@ -446,7 +450,7 @@ class _Learned(_Stateful):
         parameter: Tensor = getattr(self, self._name)
         return parameter if self._is_ready or x.numel() == 0 else self._start(parameter, x)
 
-    @torch.compiler.disable  # type: ignore[misc]
+    @_uncompiled
     def _start(self, parameter: Tensor, x: Tensor) -> Tensor:
         if bool(self.initialized.all()):
             self._is_ready = True

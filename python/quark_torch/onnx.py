@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ class _Call(NamedTuple):
 
 
 def _codes(name: str, spec: OpSpec) -> _Codes:
-    format_name, options = spec.words[0], dict(word.partition("=")[::2] for word in spec.words[1:])
+    format_name, options = spec.words[0], {key: value for key, _, value in (w.partition("=") for w in spec.words[1:])}
     row = FORMATS.get(format_name)
     if format_name in FP8:
         return _Codes(FP8[format_name])
@@ -213,7 +213,7 @@ def _call(name: str, text: str, shape: Any) -> _Call:
 
 def _operators() -> Any:
     """The operators of the set that is exported to; each call makes a node."""
-    opset = evaluator.default().opset
+    opset = cast(Any, evaluator.default()).opset
     if opset.version < OPSET:
         raise _UntranslatableError(
             f"opset_version is {opset.version}; quantization in ONNX needs {OPSET} or more, allowed: "
