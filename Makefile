@@ -37,10 +37,11 @@ test-312:
 	@test -n "$(PYTHON312)" || { echo "no Python 3.12 on this machine: PYTHON312=..." >&2; exit 1; }
 	$(MAKE) test-python PYTHON=$(PYTHON312) VENV=.venv-312 FRAMEWORKS=jax
 
-# What torchao and compressed-tensors make of the same numbers.
+# What torchao and compressed-tensors make of the same numbers, and our formats under the rules of qwix.
 test-peers: $(VENV)/.installed $(VENV)/.test-tools
 	$(PIP) --group peers
 	$(BIN)/python -m pytest -q tests/test_torchao.py tests/test_compressed_tensors.py
+	$(BIN)/python -m pytest -q tests/test_examples.py -k qwix
 
 # ---- environments ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Writes tests/api.txt: the public names, with their signatures. A test compares; a change is one of the API, and visible.
+"""Writes tests/api.txt: the public names, with their signatures. A test compares, so a change of the API is visible.
 
 `python scripts/api.py` rewrites the file; with `--print` it goes to the terminal instead.
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "interop_examples").glob("*.py"))
-OPTIONAL = ("torch", "jax", "flax", "optax", "matplotlib")
+OPTIONAL = ("torch", "jax", "flax", "optax", "matplotlib", "qwix")
 OPTIONS = {"format_atlas": ["--quick"]}
 
 ACCURACY = r"9[5-9]\.\d%"
@@ -30,6 +30,10 @@ KEY_LINES = {
         rf"bf16 +\d+ +16\.\d+ .* {ACCURACY} +yes",
         rf"int4, groups of 128 +208896 +4\.250 .* {ACCURACY} +yes",
         rf"mxfp4 +208896 +4\.250 .* {ACCURACY} +yes",
+    ],
+    "qwix_rules": [
+        r"by the rules 9\d\.\d% without training, 9[5-9]\.\d% after it",
+        "the same bits as the layers written by hand",
     ],
     "fp8_per_token_activations": [
         *(rf"{method} +{ACCURACY} +{ACCURACY} " for method in ("dequantized", "codes", "codes in bfloat16")),
