@@ -1,0 +1,56 @@
+"""The Python of README.md and of the pages in docs/ runs, page by page, and prints what stands there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONAL = ("torch", "jax", "flax", "optax", "onnx", "onnxscript", "onnxruntime")
+
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<text>.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+PRINTED = re.compile(r"^ *print\(.*\)  # (.*\n)", re.MULTILINE)
+
+
+def blocks(path: Path) -> list[tuple[int, str, str]]:
+    """Each block's line, its code and what it prints: the ```text block after it, or the comments after its prints."""
+    text = path.read_text()
+    found = []
+    for block in BLOCK.finditer(text):
+        code, shown = block["code"], block["text"]
+        line = text.count("\n", 0, block.start("code"))
+        found.append((line, code, "".join(PRINTED.findall(code)) if shown is None else shown))
+    return found
+
+
+def skip_unless_installed(code: str) -> None:
+    imported = set(re.findall(r"^ *(?:import|from) (?:quark[._])?(\w+)", code, re.MULTILINE))
+    for name in OPTIONAL:
+        if name in imported and find_spec(name) is None:
+            pytest.skip(f"{name} isn't installed")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, in Inductor
+@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p)], ids=lambda path: path.stem)
+def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless_installed("".join(code for _, code, _ in blocks(path)))
+    monkeypatch.chdir(tmp_path)
+    page = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)  # where the classes of the page are looked for
+    for line, code, shown in blocks(path):
+        with redirect_stdout(StringIO()) as printed:
+            exec(compile("\n" * line + code, str(path), "exec"), page.__dict__)
+        assert printed.getvalue() == shown, f"{path.name}, the block at line {line + 1}"
+
+
+def test_every_block_is_found() -> None:
+    for path in PAGES:
+        assert len(blocks(path)) == path.read_text().count("```python"), path
