@@ -55,7 +55,7 @@ def export_checks() -> list[export.DisabledSafetyCheck]:
     several devices can be serialized only where the calls are within ``jax.shard_map``: elsewhere it is Python that
     says how XLA cuts them ("NotImplementedError: serialization of host_callbacks").
 
-    Example::
+    For example:
 
         exported = jax.export.export(jax.jit(f), disabled_checks=quark_jax.export_checks())(x)
         data = exported.serialize()

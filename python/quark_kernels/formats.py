@@ -14,13 +14,19 @@ class ElementFormat(NamedTuple):
     """
 
     name: str
+    """A key of ``FORMATS``."""
     bits: int
+    """How wide a code is."""
     exponent_bits: int
     """0 for the integer formats, whose spacing is the same everywhere."""
     mantissa_bits: int
+    """How finely the grid divides a power of two."""
     min_exp: int
+    """The exponent of the smallest normal value."""
     lo: float
+    """The least value."""
     hi: float
+    """The greatest."""
     specials: str
     """Which codes are no numbers: ``none``, ``nan`` (the largest magnitude), ``ieee`` (inf and NaN) or ``fnuz``."""
     storage: str
@@ -43,6 +49,8 @@ class ElementFormat(NamedTuple):
 
 
 FORMATS: dict[str, ElementFormat] = {row[0]: ElementFormat(*row) for row in _core.formats()}
+"""Every number format, by its name."""
 ROUNDINGS: tuple[str, ...] = tuple(_core.roundings())
+"""The names of the roundings."""
 FIXED_ROUNDINGS: tuple[str, ...] = tuple(name for name in ROUNDINGS if name != "stochastic")
 """Those that need no random numbers."""

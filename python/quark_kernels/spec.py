@@ -326,6 +326,7 @@ def _presets() -> dict[str, QuantSpec]:
 
 
 PRESETS: dict[str, QuantSpec] = _presets()
+"""What the names that ``quantize`` takes stand for."""
 
 
 def _dtype_formats() -> dict[str, str]:
