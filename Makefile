@@ -14,7 +14,7 @@ space := $(empty) $(empty)
 comma := ,
 
 .PHONY: demo test test-python test-312 test-peers test-cpp test-clang test-sanitized test-races test-aarch64 fuzz \
-  test-simt test-simt-races test-simt-memory test-gpu-build lint tidy format generated bench exhaustive test-long \
+  test-simt test-simt-races test-simt-memory test-gpu-build lint tidy format generated docs bench exhaustive test-long \
   check-release harden clean
 
 demo: $(VENV)/.installed
@@ -225,6 +225,16 @@ generated: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/transforms.json
 	$(BIN)/ruff format --quiet python/quark_kernels/_core.pyi
 	$(BIN)/python scripts/format_table.py
 	$(BIN)/python scripts/transform_table.py $(VENV)/transforms.json
+
+# The site, from docs/, README.md and the docstrings, which are read and not imported; a warning is an error.
+$(VENV)-docs/.tools: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $@
+
+docs: $(VENV)-docs/.tools
+	PATH="$(abspath $(VENV)-docs/bin):$$PATH" NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 # ---- long forms ------------------------------------------------------------------------------------------------------
 

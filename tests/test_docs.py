@@ -54,3 +54,10 @@ def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_block_is_found() -> None:
     for path in PAGES:
         assert len(blocks(path)) == path.read_text().count("```python"), path
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """What `make docs` checks too, but without its packages: the pages there are, and pages that are not."""
+    named = set(re.findall(r"^ +- .*: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    made = {"index.md", "contributing.md", "adding.md", "changelog.md", "examples.md"}
+    assert named - made == {str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]}
