@@ -98,7 +98,8 @@ def without(text: str, titles: tuple[str, ...]) -> tuple[str, str]:
 
 def examples() -> str:
     """A page of the examples: what each says of itself, and its source."""
-    lines = ["# Examples", "", "Scripts in the folder `interop_examples` of the repository. Each runs as it is."]
+    lines = ["---", "search: {boost: 0.1}", "---", "# Examples", ""]
+    lines += ["Scripts in the folder `interop_examples` of the repository. Each runs as it is."]
     for path in sorted((ROOT / "interop_examples").glob("*.py")):
         source = path.read_text()
         title, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n")

@@ -1,7 +1,11 @@
-"""The Python of README.md and of the pages in docs/ runs, page by page, and prints what stands there."""
+"""The Python of README.md and of the pages in docs/ runs, page by page, and prints what stands there.
+
+`make docs` looks at links and docstrings.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from contextlib import redirect_stdout
@@ -61,3 +65,29 @@ def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r"^ +- .*: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     made = {"index.md", "contributing.md", "adding.md", "changelog.md", "examples.md"}
     assert named - made == {str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]}
+
+
+def public(module: Path) -> set[str]:
+    """The names in a module's ``__all__``; where it has none, its functions and classes."""
+    body = ast.parse(module.read_text()).body
+    for node in body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value)) - {"__version__"}
+    names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("module", "pages"),
+    [
+        ("quark_torch/__init__.py", ["quark_torch", "quark_kernels"]),
+        ("quark_jax/__init__.py", ["quark_jax", "quark_kernels"]),
+        ("quark_kernels/__init__.py", ["quark_kernels", "interop"]),
+        ("quark_kernels/interop.py", ["interop"]),
+        ("quark_torch/onnx.py", ["onnx"]),
+        ("quark_jax/kernel.py", ["torch_kernel"]),
+    ],
+)
+def test_every_public_name_is_in_the_reference(module: str, pages: list[str]) -> None:
+    reference = " ".join((ROOT / f"docs/api/{page}.md").read_text() for page in pages)
+    assert public(ROOT / "python" / module) <= set(re.findall(r"\w+", reference))
