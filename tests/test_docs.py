@@ -44,7 +44,9 @@ def skip_unless_installed(code: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, in Inductor
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks(p)], ids=lambda path: path.stem)
-def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    if device != "cpu":
+        pytest.skip("pages are written for arrays on the CPU")
     skip_unless_installed("".join(code for _, code, _ in blocks(path)))
     monkeypatch.chdir(tmp_path)
     page = ModuleType("page")
