@@ -276,6 +276,25 @@ def quantize_plan(
     return Plan(OpSpec(tuple(words), block, dtype="int32" if real else None), s, z)
 
 
+def minifloat_plan(
+    quant_dtype: str,
+    shape: Shape,
+    scale: Given,
+    axis: int | None,
+    group_size: int | None,
+    qscheme: str,
+    *,
+    real: bool,
+) -> Plan:
+    """Plan AMD Quark's fp8 per group, fp6 and fp4 as they are since 0.9: in float32, and fp6's and fp4's zero is +0.
+
+    Where ``real``, the results are float32 values and not codes.
+    """
+    block, s, _ = _granularity("inputs", shape, scale, None, axis, group_size, qscheme, own_first=real)
+    words = (quant_dtype, "ieee", *([] if quant_dtype in FP8 else ["plus_zero"]))
+    return Plan(OpSpec(words, block, dtype="float32" if real else None), s)
+
+
 def _no_fp8_groups(quant_dtype: str, qscheme: str | None) -> None:
     if quant_dtype in FP8 and qscheme == "per_group":
         raise ValueError(
@@ -331,8 +350,10 @@ def conversion(source: str, target: str, shape: Shape) -> tuple[str, OpSpec]:
 # ---- non-scaled functions --------------------------------------------------------------------------------------------
 
 
-def block_plan(quant_dtype: str, shape: Shape, mx_element_dtype: str | None, axis: int, block_size: int) -> OpSpec:
-    """Plan non_scaled_fake_quantize of ``input_tensor`` of this shape."""
+def block_plan(
+    quant_dtype: str, shape: Shape, mx_element_dtype: str | None, axis: int, block_size: int, rule: str = "floor"
+) -> OpSpec:
+    """Plan non_scaled_fake_quantize of ``input_tensor`` of this shape. The scale rule is for mx."""
     one_of("quant_dtype", quant_dtype, NON_SCALED)
     axis = normal_axis(axis, len(shape), "input_tensor")
     size = BFP16_BLOCK if quant_dtype == "bfp16" else as_int("block_size", block_size, 1)
@@ -341,6 +362,8 @@ def block_plan(quant_dtype: str, shape: Shape, mx_element_dtype: str | None, axi
             one_of("mx_element_dtype", mx_element_dtype, MX_ELEMENTS)
             assert mx_element_dtype is not None
             words = [MX_ELEMENTS[mx_element_dtype], "scale=e8m0", "ieee"]
+            if rule != "floor":
+                words.append(f"rule={rule}")
             if FORMATS[words[0]].bits < 8:
                 words.append("plus_zero")
         case "bfp16":

@@ -5,11 +5,13 @@ Each function returns the ImportError to raise, or None where nothing is missing
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 
 OLDEST_TORCH = "2.10"
 OLDEST_JAX = "0.8.0"
+AMD_QUARK = ((0, 8), (0, 13))
+"""The oldest and the newest release of AMD Quark that ``quark_torch.amd_quark`` knows."""
 
 
 def core() -> ImportError | None:
@@ -79,3 +81,24 @@ def jax() -> ImportError | None:
             f"quark_jax can't be used: jax {jax.__version__} is installed; it needs jax and jaxlib >= {OLDEST_JAX}"
         )
     return None
+
+
+def amd_quark() -> ImportError | None:
+    """Look at AMD Quark. A newer one may compute something else, so it isn't taken as it is."""
+    low, high = (".".join(map(str, end)) for end in AMD_QUARK)
+    try:
+        version = metadata.version("amd-quark")
+    except metadata.PackageNotFoundError:
+        line = f"quark_torch.amd_quark needs amd-quark {low} to {high}, which isn't installed: pip install amd-quark"
+        return ModuleNotFoundError(line, name="amd-quark")
+    if not AMD_QUARK[0] <= amd_quark_release(version) <= AMD_QUARK[1]:
+        return ImportError(
+            f"quark_torch.amd_quark can't be used: amd-quark {version} is installed; it knows {low} to {high}"
+        )
+    return None
+
+
+def amd_quark_release(version: str) -> tuple[int, int]:
+    """Return the first two numbers of a version; (0, 0) where there are none."""
+    numbers = version.partition("+")[0].split(".")[:2]
+    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(map(str.isdigit, numbers)) else (0, 0)
