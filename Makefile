@@ -13,9 +13,9 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-python test-312 test-peers test-cpp test-clang test-sanitized test-races test-aarch64 fuzz \
-  test-simt test-simt-races test-simt-memory test-gpu-build lint tidy format generated docs bench exhaustive test-long \
-  check-release harden clean
+.PHONY: demo test test-python test-312 test-peers amd-quark test-cpp test-clang test-sanitized test-races test-aarch64 \
+  fuzz test-simt test-simt-races test-simt-memory test-gpu-build lint tidy format generated docs bench exhaustive \
+  test-long check-release harden clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m quark_kernels demo
@@ -42,6 +42,11 @@ test-peers: $(VENV)/.installed $(VENV)/.test-tools
 	$(PIP) --group peers
 	$(BIN)/python -m pytest -q tests/test_torchao.py tests/test_compressed_tensors.py
 	$(BIN)/python -m pytest -q tests/test_examples.py -k qwix
+
+# AMD Quark's quantizer with these kernels behind its operators. It has many dependencies, and an environment of its own.
+amd-quark: $(VENV)-amd/.installed
+	$(VENV)-amd/bin/python -m pytest -q tests/test_amd_quark.py
+	$(VENV)-amd/bin/python interop_examples/amd_quark_backend.py
 
 # ---- environments ----------------------------------------------------------------------------------------------------
 
@@ -81,6 +86,17 @@ $(VENV)/.%: $(VENV)/.installed $(VENV)/.build-tools
 	$(BIN)/python $(PACKAGES) > "$$($(VENV)-$*/bin/python $(PACKAGES))/packages.pth"
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --upgrade $(OPTIONS_$*) \
 	  -C cmake.define.QUARK_WERROR=ON -C build-dir=build/module-$* . --target "$$($(VENV)-$*/bin/python $(PACKAGES))"
+	touch $@
+
+# torch first, and pinned in every call: the others would fetch the newest with CUDA. AMD Quark compiles as it is imported.
+TORCH := $(shell grep ^torch== constraints.txt)
+
+$(VENV)-amd/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-amd
+	$(VENV)-amd/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(VENV)-amd/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-amd/bin/python -m pip install --quiet $(TORCH) --group test --group amd-quark
+	$(VENV)-amd/bin/python -m pip install --quiet --force-reinstall --no-deps .
 	touch $@
 
 # What the tests of transforms find; `make test` writes it too.

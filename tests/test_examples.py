@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from quark_kernels import requires
+
 EXAMPLES = sorted((Path(__file__).parent.parent / "interop_examples").glob("*.py"))
 OPTIONAL = ("torch", "jax", "flax", "optax", "matplotlib", "qwix")
 OPTIONS = {"format_atlas": ["--quick"]}
@@ -49,6 +51,8 @@ def skip_unless_installed(path: Path) -> None:
     for name in OPTIONAL:
         if name in imported and find_spec(name) is None:
             pytest.skip(f"{name} isn't installed")
+    if path.stem == "amd_quark_backend" and (problem := requires.amd_quark()):
+        pytest.skip(str(problem))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ import torch
 from torch.library import Library, get_kernel
 from torch.nn.functional import hardshrink
 
-from quark_kernels import documented
+from quark_kernels import _core, documented
 from quark_kernels.documented import CASTS, FP8, INTEGERS, MINIFLOATS
 from quark_kernels.schema import OpSpec, Shape
 from quark_torch import kernel
@@ -24,7 +24,6 @@ from quark_torch.ops import call, planned
 
 Tensor = torch.Tensor
 
-DEVICES = ("CPU", "CUDA")  # ROCm's devices are CUDA's to torch
 FIRST_TO_FLUSH = (0, 13)
 LEAST_SCALE = 2.0**-23
 """What AMD Quark puts in the place of a zero scale of minifloats per group."""
@@ -304,6 +303,14 @@ def fake_quantize_to_low_precision_fp(
     return call("fake_quantize", [x, one(x), None], spec)  # type: ignore[no-any-return]
 
 
+def qdq_mxfp4(rules: Rules, x: Tensor, group_size: int) -> Tensor:
+    """Compute ``quark_hw_emulation.qdq_mxfp4``, which AMD Quark has for GPUs only: 16-bit data to MXFP4, "even"."""
+    _decline_if(x.is_cuda)
+    block = (*(1,) * (x.dim() - 1), group_size)
+    spec = planned(OpSpec, ("fp4", "scale=e8m0", "rule=even", "ieee"), block)
+    return call("fake_quantize_dynamic", [x], spec)[0]  # type: ignore[no-any-return]
+
+
 CALLS: dict[str, Callable[..., Tensor]] = {
     "scaled_fake_quantize": scaled_fake_quantize,
     "scaled_real_quantize": scaled_real_quantize,
@@ -312,6 +319,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "non_scaled_fake_quantize": non_scaled_fake_quantize,
     "non_scaled_real_quantize": non_scaled_real_quantize,
     "fake_quantize_to_low_precision_fp": fake_quantize_to_low_precision_fp,
+    "qdq_mxfp4": qdq_mxfp4,
 }
 """By operator."""
 
@@ -332,20 +340,27 @@ def register(namespace: str, *, strict: bool, release: tuple[int, int]) -> Calla
 
     """
     library = Library(namespace, "IMPL")
-    rules = Rules(strict, _default_mode(namespace), release >= FIRST_TO_FLUSH)
+    operators = getattr(torch.ops, namespace)
+    rules = Rules(strict, _default_mode(operators), release >= FIRST_TO_FLUSH)
     for name, ours in CALLS.items():
-        if not hasattr(getattr(torch.ops, namespace), name):
+        if not hasattr(operators, name):
             continue  # older versions have fewer
-        for device in DEVICES:
+        for device in _devices():
             theirs = get_kernel(f"{namespace}::{name}", device)
             library.impl(name, _kernel(ours, theirs, rules), device, with_keyset=True)
     return library._destroy  # what torch's own tests and scoped libraries take kernels away with
 
 
-def _default_mode(namespace: str) -> str:
+def _devices() -> list[str]:
+    """The devices that this build has kernels for. ROCm's are CUDA's to torch."""
+    platform = "HIP" if torch.version.hip else "CUDA"
+    return ["CPU", *(["CUDA"] if not dict(_core.gpu_builds())[platform].startswith("none") else [])]
+
+
+def _default_mode(operators: Any) -> str:
     """How scales are chosen where a call doesn't say: "floor" while there was no such argument."""
-    schema = getattr(torch.ops, namespace).non_scaled_fake_quantize.default._schema
-    names = {argument.name for argument in schema.arguments}
+    operator = getattr(operators, "non_scaled_fake_quantize", None)
+    names = [argument.name for argument in operator.default._schema.arguments] if operator else []
     return "even" if "scale_calculation_mode" in names else "floor"
 
 

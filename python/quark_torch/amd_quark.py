@@ -6,9 +6,9 @@
     quark_torch.amd_quark.uninstall()            # its own kernels again
     with quark_torch.amd_quark.installed(): ...  # for a while
 
-The kernels are registered with torch's dispatcher for CPU and CUDA (or HIP) tensors, in front of AMD Quark's, which
-stay: they take what the core has no way for, and calls that torch differentiates. ``docs/amd_quark.md`` says what is
-replaced, and what differs.
+The kernels are registered with torch's dispatcher for CPU and, in builds for GPUs, CUDA (or HIP) tensors, in front of
+AMD Quark's, which stay: they take what the core has no way for, and calls that torch differentiates.
+``docs/amd_quark.md`` says what is replaced, and what differs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from quark_torch.amd_calls import register
 
 __all__ = ["install", "installed", "is_installed", "uninstall"]
 
+NAMESPACES = ("quark", "quark_hw_emulation")
 LEARNED = ("lsq_quantize", "tqt_quantize")
 
 Undo = Callable[[], None]
@@ -60,7 +61,7 @@ def install(*, strict: bool = False) -> None:
     theirs = import_module("quark.torch.kernel")
     uninstall()
     release = requires.amd_quark_release(metadata.version("amd-quark"))
-    _State.undo.append(register("quark", strict=strict, release=release))
+    _State.undo += [register(namespace, strict=strict, release=release) for namespace in NAMESPACES]
     # It compiles this one with Inductor, which would look past the operator.
     replaced = {"scaled_fake_quantize_compiled": getattr(theirs, "scaled_fake_quantize", None)}
     if not strict:
