@@ -1,5 +1,7 @@
 """The Python of README.md and of the pages in docs/ runs, page by page, and prints what stands there.
 
+A block that is marked as `py` is only shown: it needs what isn't installed.
+
 `make docs` looks at links and docstrings.
 """
 
