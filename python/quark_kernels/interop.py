@@ -305,6 +305,7 @@ def _tensor_to_jax(t: torch.Tensor, copy: bool | None) -> jax.Array:
 def _array_to_torch(a: jax.Array, copy: bool | None) -> torch.Tensor:
     import jax
     import torch
+    from torch.utils.dlpack import from_dlpack
 
     if a.is_deleted():
         raise ValueError("x has been deleted or donated; it has no memory to share or to copy")
@@ -321,5 +322,5 @@ def _array_to_torch(a: jax.Array, copy: bool | None) -> torch.Tensor:
                 f"copy is False, but x is sharded over {len(devices)} devices; allowed: copy=None or copy=True"
             )
         a = jax.device_put(a, next(iter(sorted(devices, key=str))))
-    t = torch.from_dlpack(a)
+    t = from_dlpack(a)
     return t.clone() if copy else t
