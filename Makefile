@@ -225,6 +225,7 @@ lint: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/ruff check $(PY)
 	$(BIN)/ruff format --check $(PY)
 	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # clang-tidy over the core and the bindings.
 tidy: $(VENV)/.build-tools
@@ -240,6 +241,7 @@ generated: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/transforms.json
 	$(BIN)/python -m nanobind.stubgen -q -m quark_kernels._core -o python/quark_kernels/_core.pyi
 	$(BIN)/ruff format --quiet python/quark_kernels/_core.pyi
 	$(BIN)/python scripts/format_table.py
+	$(BIN)/python scripts/api.py
 	$(BIN)/python scripts/transform_table.py $(VENV)/transforms.json
 
 # The site, from docs/, README.md and the docstrings, which are read and not imported; a warning is an error.
