@@ -44,7 +44,7 @@ def skip_unless_installed(code: str) -> None:
             pytest.skip(f"{name} isn't installed")
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, in Inductor
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own, in Inductor
 @pytest.mark.parametrize("path", [p for p in PAGES if blocks(p)], ids=lambda path: path.stem)
 def test_page(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     if device != "cpu":

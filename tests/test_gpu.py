@@ -204,7 +204,7 @@ def test_two_streams_and_two_threads(torch: Any) -> None:
 # ---- frameworks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, in Inductor
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own, in Inductor
 def test_torch_compile(torch: Any) -> None:
     x = torch.randn(256, 256, device="cuda")
     compiled = torch.compile(lambda v: quark().fake_quantize(v * 2, PRESETS["mxfp8_e4m3"]), fullgraph=True)

@@ -40,7 +40,7 @@ FORWARD_MODE = "no forward-mode derivative: NotImplementedError"
 
 # What torch itself does in forward mode, in Dynamo and in Inductor.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 cells = pytest.mark.parametrize(("function", "variant"), CELLS, ids=IDS)
