@@ -50,9 +50,10 @@ amd-quark: $(VENV)-amd/.installed
 
 # ---- environments ----------------------------------------------------------------------------------------------------
 
+environment = $(PYTHON) -m venv $1 && $1/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+
 $(VENV)/.frameworks: constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(call environment,$(VENV))
 	$(if $(filter torch,$(FRAMEWORKS)),$(PIP) torch)
 	$(if $(filter jax,$(FRAMEWORKS)),$(PIP) jax jaxlib)
 	touch $@
@@ -92,8 +93,7 @@ $(VENV)/.%: $(VENV)/.installed $(VENV)/.build-tools
 TORCH := $(shell grep ^torch== constraints.txt)
 
 $(VENV)-amd/.installed: $(SOURCES)
-	$(PYTHON) -m venv $(VENV)-amd
-	$(VENV)-amd/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(call environment,$(VENV)-amd)
 	$(VENV)-amd/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)-amd/bin/python -m pip install --quiet $(TORCH) --group test --group amd-quark
 	$(VENV)-amd/bin/python -m pip install --quiet --force-reinstall --no-deps .
@@ -246,8 +246,7 @@ generated: $(VENV)/.installed $(VENV)/.test-tools $(VENV)/transforms.json
 
 # The site, from docs/, README.md and the docstrings, which are read and not imported; a warning is an error.
 $(VENV)-docs/.tools: constraints.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(call environment,$(VENV)-docs)
 	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --group docs
 	touch $@
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -447,7 +448,7 @@ def test_training_passes_gradients_through(amd: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_model_quantizer(name: str, dtype: Any, amd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Llama through AMD Quark's own quantizer: the same weights and logits."""
-    monkeypatch.syspath_prepend("interop_examples")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "interop_examples"))
     import amd_quark_backend as example
 
     with warnings.catch_warnings():

@@ -87,19 +87,12 @@ def _integer_zero_point(zero_point: Tensor) -> Tensor:
 
 # ---- fp8 -------------------------------------------------------------------------------------------------------------
 
-QUANT_FP8 = {"fp8_e4m3": kernel.quant_fp8_e4m3, "fp8_e5m2": kernel.quant_fp8_e5m2}
 FP8_DTYPES = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
-DEQUANT_FP8 = {"fp8_e4m3": kernel.dequant_fp8_e4m3, "fp8_e5m2": kernel.dequant_fp8_e5m2}
 
 
-def quant_fp8(quant_dtype: str, rules: Rules, x: Tensor, scale: float | None = None) -> Tensor:
-    """Compute ``quant_fp8_*`` and ``quant_fp8_*_with_scale``."""
-    return QUANT_FP8[quant_dtype](x, scale)
-
-
-def dequant_fp8(quant_dtype: str, rules: Rules, x: Tensor, scale: float | None = None) -> Tensor:
-    """Compute ``dequant_fp8_*`` and ``dequant_fp8_*_with_scale``."""
-    return DEQUANT_FP8[quant_dtype](x, scale)
+def _as_documented(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator that is a documented function, whatever the version."""
+    return lambda rules, *arguments: function(*arguments)
 
 
 def quant_dequant_fp8(quant_dtype: str, rules: Rules, x: Tensor) -> Tensor:
@@ -324,8 +317,8 @@ CALLS: dict[str, Callable[..., Tensor]] = {
 """By operator."""
 
 for _name in FP8:
-    CALLS[f"quant_{_name}"] = CALLS[f"quant_{_name}_with_scale"] = partial(quant_fp8, _name)
-    CALLS[f"dequant_{_name}"] = CALLS[f"dequant_{_name}_with_scale"] = partial(dequant_fp8, _name)
+    for _operator in (f"quant_{_name}", f"dequant_{_name}"):
+        CALLS[_operator] = CALLS[f"{_operator}_with_scale"] = _as_documented(getattr(kernel, _operator))
     CALLS[f"quant_dequant_{_name}"] = partial(quant_dequant_fp8, _name)
 
 

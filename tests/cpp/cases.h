@@ -19,18 +19,8 @@ using arrays::Array;
 using arrays::Layout;
 using arrays::Shape;
 using check::Random;
-using quark::DType;
-using quark::Format;
-using quark::Op;
-using quark::QuantSpec;
-using quark::Rounding;
-using quark::ScaleFormat;
 using quark::Status;
-using specs::kFloats;
-using specs::kIntegers;
-using specs::Needs;
-using specs::random_spec;
-using specs::scale_dtypes;
+using namespace specs;
 using namespace quark::QUARK_LEVEL;
 
 /// One call: the operator, its spec and its operands, outputs still full of random bytes.
