@@ -485,3 +485,12 @@ class TestSpecs:
             assert QuantSpec.parse(str(spec)) == spec
             assert QuantSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
             assert len(str(spec)) < 80
+
+
+def test_byte_orders_in_jax() -> None:
+    pytest.importorskip("jax")
+    import quark_jax
+
+    for x in (np.ones(4, ">f4"), np.ones((), ">f8")):
+        with pytest.raises(TypeError, match=f"x has dtype {x.dtype.str}; allowed: this machine's byte order, <f"):
+            quark_jax.fake_quantize(x, "int8")
