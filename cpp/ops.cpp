@@ -449,20 +449,18 @@ constexpr size_t kMostTensors = [] {
   return most;
 }();
 
-/// Those of an empty array may be anything, and are computed with all the same.
-void forget_strides(TensorView& empty) { std::fill_n(empty.strides, kMaxRank, 0); }
-
-/// Calls a kernel, of a CPU level or a GPU.
+/// Calls a kernel, of a CPU level or a GPU. The strides of an empty array may be anything, and are computed with all
+/// the same.
 template <class AnyKernel, class Runner>
 Status call(AnyKernel kernel, Tensors in, Tensors out, const QuantSpec& spec, Runner& runner) {
   const auto is_empty = [](const TensorView& t) { return t.elements() == 0; };
   if (std::none_of(in.begin(), in.end(), is_empty) && std::none_of(out.begin(), out.end(), is_empty))
     return kernel(in, out, spec, runner);
-  std::vector<TensorView> ins(in.begin(), in.end()), outs(out.begin(), out.end());
-  for (auto* views : {&ins, &outs})
-    for (TensorView& t : *views)
-      if (is_empty(t)) forget_strides(t);
-  return kernel(ins, outs, spec, runner);
+  TensorView views[kMostTensors];
+  std::copy(out.begin(), out.end(), std::copy(in.begin(), in.end(), views));
+  for (TensorView& view : views)
+    if (is_empty(view)) std::fill_n(view.strides, kMaxRank, 0);
+  return kernel({views, in.size()}, {views + in.size(), out.size()}, spec, runner);
 }
 
 /// The tensors of a batch's examples, of one after another. They are as safe as the whole batch's are.
@@ -479,7 +477,6 @@ class Examples {
       std::copy_n(whole.shape + axes, view.rank, view.shape);
       std::copy_n(whole.strides + axes, view.rank, view.strides);
       first_[i] = static_cast<char*>(whole.data);
-      if (view.elements() == 0) forget_strides(view);
       if (whole.elements() == 0) continue;  // there may be no memory to step through
       for (int d = 0; d < axes; ++d)
         if (whole.shape[d] != 1) steps_[i][d] = whole.strides[d] * bytes_of(whole.dtype);
@@ -560,7 +557,7 @@ Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Executor
       Examples mine = t.examples;
       for (int64_t i = first; i < last; ++i) {
         mine.move_to(i);
-        const Status status = t.kernel(mine.in(), mine.out(), t.spec, t.executor);
+        const Status status = call(t.kernel, mine.in(), mine.out(), t.spec, t.executor);
         if (status.ok()) continue;
         const std::lock_guard lock(t.mutex);
         t.status = status;
@@ -587,7 +584,7 @@ Status run_batch(Op op, Tensors in, Tensors out, const QuantSpec& spec, Queue& q
   if (Status s = batch.prepare(op, in, out, spec, in[0].place()); !s.ok() || batch.is_empty) return s;
   for (int64_t i = 0; i < batch.examples.count(); ++i) {
     batch.examples.move_to(i);
-    const Status s = platform.kernels[int(op)](batch.examples.in(), batch.examples.out(), batch.spec, queue);
+    const Status s = call(platform.kernels[int(op)], batch.examples.in(), batch.examples.out(), batch.spec, queue);
     if (!s.ok()) return s;
     queue.release();
   }
