@@ -65,14 +65,9 @@ $(VENV)/.installed: $(VENV)/.frameworks $(SOURCES)
 	touch $@
 
 $(VENV)/.test-tools: $(VENV)/.frameworks pyproject.toml
-	$(PIP) --group test --group lint
+	$(PIP) --group test --group lint --group build
 	$(if $(filter torch,$(FRAMEWORKS)),$(PIP) --group onnx)
 	$(if $(filter jax,$(FRAMEWORKS)),$(PIP) flax)
-	touch $@
-
-# What builds the package in an environment as it is, without build isolation.
-$(VENV)/.build-tools: $(VENV)/.test-tools
-	$(PIP) 'scikit-build-core>=0.10' 'nanobind>=2.9' 'apache-tvm-ffi>=0.1.7'
 	touch $@
 
 # Environments with the packages of the usual one, in which the module is built otherwise.
@@ -82,7 +77,7 @@ OPTIONS_asan := $(DEBUG) -C cmake.define.QUARK_SANITIZE=address,undefined
 OPTIONS_tsan := $(DEBUG) -C cmake.define.QUARK_SANITIZE=thread
 PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-$(VENV)/.%: $(VENV)/.installed $(VENV)/.build-tools
+$(VENV)/.%: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python -m venv --without-pip $(VENV)-$*
 	$(BIN)/python $(PACKAGES) > "$$($(VENV)-$*/bin/python $(PACKAGES))/packages.pth"
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --upgrade $(OPTIONS_$*) \
@@ -121,7 +116,7 @@ test-cpp: $(VENV)/.test-tools
 	PATH="$(abspath $(BIN)):$$PATH" ctest --preset $(PRESET)
 
 # The extension by clang, in the environment as it is (without build isolation), and a short test of it.
-test-clang: $(VENV)/.installed $(VENV)/.build-tools
+test-clang: $(VENV)/.installed $(VENV)/.test-tools
 	$(MAKE) test-cpp PRESET=clang
 	PATH="$(abspath $(BIN)):$$PATH" CXX=clang++-19 $(PIP) --no-build-isolation --no-deps --force-reinstall \
 	  -C cmake.define.QUARK_WERROR=ON .
@@ -208,7 +203,7 @@ HIP_FOLDER := $(abspath build)/hip
 LINTED ?= --only 80 90 gfx942 gfx1100
 GPUS ?= $(if $(shell command -v nvcc),CUDA) HIP
 
-test-gpu-build: $(VENV)/.installed $(VENV)/.build-tools
+test-gpu-build: $(VENV)/.installed $(VENV)/.test-tools
 	mkdir -p build
 	scripts/setup_hip.sh $(HIP_FOLDER) > build/hip-arguments
 	rm -rf build/gpu-package
@@ -228,7 +223,7 @@ lint: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # clang-tidy over the core and the bindings.
-tidy: $(VENV)/.build-tools
+tidy: $(VENV)/.test-tools
 	$(BIN)/python scripts/tidy.py
 
 format: $(VENV)/.test-tools

@@ -47,6 +47,7 @@ int index_of(std::string_view name, const char* const (&names)[N]) {
 
 std::string quoted(std::string_view text) { return std::string("'").append(text).append("'"); }
 
+/// What strtod and streams read depends on the locale and on the rounding mode.
 template <class T>
 bool parse_number(std::string_view text, T& value) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);

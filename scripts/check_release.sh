@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks what a release would consist of: the sdist is the same bytes whoever makes it, holds the repository's files and
-# no others, and builds without a network; the wheels link what every Linux has; the one for the stable ABI runs on
-# newer Pythons.
+# no others, and builds without a network; the wheels link what every Linux has and need no compiler; the one for the stable
+# ABI runs on newer Pythons.
 #
 # usage: scripts/check_release.sh
 #   PYTHON     builds the first wheel (python3); of 3.12 or newer: the stable ABI's
@@ -54,6 +54,7 @@ cmp "$work"/one/*.tar.gz "$work"/two/*.tar.gz || fail "an sdist of the unpacked 
 tar --list --file "$work"/one/*.tar.gz | cut -d/ -f2- | sort >"$work/held"
 { git ls-files --cached --others --exclude-standard ':!.ci' && echo PKG-INFO; } | sort >"$work/wanted"
 diff "$work/wanted" "$work/held" || fail "the sdist (>) doesn't hold the repository's files (<)"
+"$python" -m twine check --strict "$work"/one/*.tar.gz
 sha256sum "$work"/one/*.tar.gz
 
 # The wheel that pip makes of the sdist, without a network.
@@ -68,6 +69,12 @@ wheel tools first
 "$python" scripts/check_wheel.py "$work"/first/*.whl ${POLICY:+"$POLICY"}
 (cd "$work/unpacked" && "$python" -m pytest -q -p no:cacheprovider tests/test_formats.py tests/test_learned.py -k core)
 
+say "in a fresh environment the wheel runs the demo, with no compiler on PATH"
+"${PYTHON:-python3}" -m venv "$work/user"
+"$work/user/bin/python" -m pip install --quiet --constraint constraints.txt torch
+"$work/user/bin/python" -m pip install --quiet --constraint constraints.txt "$(echo "$work"/first/*.whl)[torch,jax]"
+(cd "$work" && env -i HOME="$work" PATH="$work/user/bin" python -m quark_kernels demo)
+
 # ---- the stable ABI --------------------------------------------------------------------------------------------------
 abi3=${ABI3:-$(command -v python3.12 || true)} newer=${NEWER:-$(command -v python3.13 || true)}
 if ! "$abi3" -c '' 2>/dev/null || ! "$newer" -c '' 2>/dev/null; then
@@ -78,6 +85,7 @@ say "one wheel for Python 3.12 and newer"
 environment "$abi3" "$work/abi3"
 wheel abi3 stable
 "$python" scripts/check_wheel.py "$work"/stable/*.whl ${POLICY:+"$POLICY"}
+"$python" -m abi3audit --strict "$work"/stable/*.whl
 "$newer" -m venv "$work/newer"
 "$work/newer/bin/python" -m pip install --quiet "$work"/stable/*-cp312-abi3-*.whl
 "$work/newer/bin/python" -P - <<'EOF'

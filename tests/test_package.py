@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -16,6 +17,18 @@ import quark_kernels
 from matrix import numpy_dtype
 from quark_kernels import PRESETS, __main__, _core, demo, ffi_api
 from test_parity import run_python
+
+
+def test_versions_agree() -> None:
+    root = Path(__file__).parents[1]
+    where = {
+        "pyproject.toml": r'^version = "(.+)"$',
+        "CMakeLists.txt": r"^project\(quark_kernels VERSION (\S+) ",
+        "CITATION.cff": r"^version: (.+)$",
+        "CHANGELOG.md": r"^## \[(.+?)\]",
+    }
+    found = {file: re.search(pattern, (root / file).read_text(), re.MULTILINE) for file, pattern in where.items()}
+    assert {file: match and match[1] for file, match in found.items()} == dict.fromkeys(where, _core.VERSION)
 
 
 def test_import_brings_in_no_framework() -> None:

@@ -1,6 +1,7 @@
 // What parse_spec and run refuse, in which words, and what they accept; the float environment.
 #include <cmath>
 #include <limits>
+#include <locale>
 
 #include "arrays.h"
 #include "check.h"
@@ -87,6 +88,14 @@ TEST(good_specs) {
     CHECK_EQ(good(text).percentile, percent);
   }
   CHECK(good("int8 method=percentile:99 rounding=stochastic").rounding == Rounding::stochastic);
+  struct Commas : std::numpunct<char> {
+    char do_decimal_point() const override { return ','; }
+    char do_thousands_sep() const override { return '.'; }
+    std::string do_grouping() const override { return "\3"; }
+  };
+  const std::locale before = std::locale::global(std::locale(std::locale(), new Commas));
+  CHECK_EQ(good("int8 method=percentile:99.5").percentile, 99.5);
+  std::locale::global(before);
   const QuantSpec plain = good("int8");
   CHECK(!plain.reciprocal && !plain.shifted && !plain.narrow && !plain.plus_zero && !plain.ieee);
   const QuantSpec floats = good("fp4 narrow plus_zero ieee");
@@ -170,6 +179,8 @@ TEST(bad_specs) {
   bad("int8 max=128", {"max", "int8"});
   bad("int8 max=1.5", {"max", "int8"});
   bad("int8 max=nan", {"int8"});
+  for (const char* number : {"1x", "0x1", "1e999", "1,5", "--1", "+1"})
+    bad(std::string("int8 max=") + number, {"max="});
   bad("int8 min=5 max=5", {"min < max"});
   bad("int8 min=-8 max=0", {"symmetric", "max > 0"});
   bad("uint8 min=-1", {"uint8"});
