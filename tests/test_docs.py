@@ -19,6 +19,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FILES = [str(path.relative_to(ROOT)) for top in ("cpp", "python") for path in (ROOT / top).rglob("*.*")]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTIONAL = ("torch", "jax", "flax", "optax", "onnx", "onnxscript", "onnxruntime")
 
@@ -69,6 +70,22 @@ def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r"^ +- .*: ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     made = {"index.md", "contributing.md", "adding.md", "changelog.md", "examples.md"}
     assert named - made == {str(path.relative_to(ROOT / "docs")) for path in PAGES[1:]}
+
+
+def test_the_walk_through_the_code() -> None:
+    """From a public function to the arithmetic: what CONTRIBUTING.md names is in the files that it names."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    steps = re.findall(
+        r"^ {4,}(\S.*?) +([\w/]+(?:\.(?:py|h|cpp)|/)) ", text.partition("## How data flows")[2], re.MULTILINE
+    )
+    assert len(steps) == 11
+    for names, place in steps:
+        files = [ROOT / path for path in FILES if f"/{place}" in path]
+        source = "".join(path.read_text() for path in files)
+        for name in names.partition("(")[0].split(", "):
+            word = name.split(".")[-1].split("::")[-1]
+            # One operator's name is a row of ops.inc, from which bindings are made.
+            assert word in source or f"QUARK_OP({word}" in (ROOT / "cpp/ops.inc").read_text(), (name, place)
 
 
 def public(module: Path) -> set[str]:
