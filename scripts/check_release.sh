@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks what a release would consist of: the sdist is the same bytes whoever makes it, holds the repository's files and
-# no others, and builds without a network; the wheels link what every Linux has and need no compiler; the one for the stable
-# ABI runs on newer Pythons.
+# no others, and builds without a network; the wheels link what every Linux has, can be made for old ones and need no
+# compiler; the one for the stable ABI runs on newer Pythons.
 #
 # usage: scripts/check_release.sh
 #   PYTHON     builds the first wheel (python3); of 3.12 or newer: the stable ABI's
@@ -67,7 +67,29 @@ wheel() { # ENVIRONMENT FOLDER
 say "the sdist builds without a network, and its tests run"
 wheel tools first
 "$python" scripts/check_wheel.py "$work"/first/*.whl ${POLICY:+"$POLICY"}
-(cd "$work/unpacked" && "$python" -m pytest -q -p no:cacheprovider tests/test_formats.py tests/test_learned.py -k core)
+try_core() {
+  (cd "$work/unpacked" && "$python" -m pytest -q -p no:cacheprovider tests/test_formats.py tests/test_learned.py -k core)
+}
+try_core
+
+# The image of manylinux has an old glibc and a new compiler. So has zig: clang, the symbols of every glibc, and a libc++
+# that it links in. A second compiler and a second C++ library besides.
+say "a wheel for manylinux_2_28, by zig"
+machine=$(uname -m)
+mkdir "$work/zig"
+for tool in cc c++ ar ranlib; do
+  target=
+  case $tool in c*) target="-target $machine-linux-gnu.2.28" ;; esac
+  printf '#!/usr/bin/env bash\nexec "%s" -m ziglang %s %s "${@//-march=x86-64-v/-march=x86_64_v}"\n' \
+    "$python" "$tool" "$target" >"$work/zig/$tool"
+done
+chmod +x "$work"/zig/*
+PATH="$work/tools/bin:$PATH" CC="$work/zig/cc" CXX="$work/zig/c++" "$python" -m pip wheel --quiet --no-deps --no-index \
+  --no-build-isolation --wheel-dir "$work/old_glibc" "$work"/one/*.tar.gz \
+  -C "cmake.define.CMAKE_AR=$work/zig/ar" -C "cmake.define.CMAKE_RANLIB=$work/zig/ranlib"
+"$python" scripts/check_wheel.py "$work"/old_glibc/*.whl "manylinux_2_28_$machine"
+"$python" -m pip install --quiet --no-deps --no-index --force-reinstall "$work"/old_glibc/*.whl
+try_core
 
 say "in a fresh environment the wheel runs the demo, with no compiler on PATH"
 "${PYTHON:-python3}" -m venv "$work/user"
