@@ -208,7 +208,7 @@ class Call(NamedTuple):
     name: str
     arguments: tuple[Any, ...]
     known: bool = False
-    """Whether its result may differ: an erratum of docs/amd_quark.md."""
+    """Whether its result may differ: an erratum of docs/errata.md."""
 
     def __call__(self) -> Any:
         try:

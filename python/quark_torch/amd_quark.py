@@ -8,7 +8,7 @@
 
 The kernels are registered with torch's dispatcher for CPU and, in builds for GPUs, CUDA (or HIP) tensors, in front of
 AMD Quark's, which stay: they take what the core has no way for, and calls that torch differentiates.
-``docs/amd_quark.md`` says what is replaced, and what differs.
+``docs/guides/amd_quark_backend.md`` says what is replaced, and ``docs/errata.md`` what differs.
 """
 
 from __future__ import annotations
