@@ -25,6 +25,23 @@ PAGES = {
 ADDING = ("Add a number format", "Add an operator")
 """Sections of CONTRIBUTING.md that are a page by themselves."""
 
+EXAMPLES = (
+    "torch_qat",
+    "jax_qat",
+    "lsq_qat_torch",
+    "lsq_qat_jax",
+    "train_in_torch_serve_in_jax",
+    "quantize_in_jax_serve_in_torch",
+    "fp8_per_token_activations",
+    "weight_only_transformer",
+    "format_atlas",
+    "qwix_rules",
+    "amd_quark_backend",
+)
+"""The scripts in interop_examples/, from the first to read to those for few."""
+BESIDES = {name: name for name in ("flax", "matplotlib", "optax", "qwix", "transformers")} | {"quark": "amd-quark"}
+"""What an example may import beyond torch, JAX and what this package brings, and what pip calls it."""
+
 CODE = r"^```.*?^```|``.+?``|`[^`]+`"
 LINK = re.compile(
     rf"(?P<mark>!?)\[(?P<text>(?:`[^`]+`|[^\[\]`])*)\]\((?P<target>[^)\s]+)\)|{CODE}", re.DOTALL | re.MULTILINE
@@ -64,7 +81,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         relative = posixpath.relpath(to, posixpath.dirname(here) or ".") if to != here or not mark else ""
         return f"{link['mark']}[{text}]({relative}{mark}{anchor})"
 
-    return LINK.sub(moved, markdown)
+    # Output looks another way than code (extra.css).
+    return LINK.sub(moved, markdown).replace("\n```text\n", "\n``` { .text .output }\n")
 
 
 def titles(nav: Any) -> Iterator[tuple[str, str]]:
@@ -99,10 +117,29 @@ def without(text: str, titles: tuple[str, ...]) -> tuple[str, str]:
 def examples() -> str:
     """A page of the examples: what each says of itself, and its source."""
     lines = ["---", "search: {boost: 0.1}", "---", "# Examples", ""]
-    lines += ["Scripts in the folder `interop_examples` of the repository. Each runs as it is."]
-    for path in sorted((ROOT / "interop_examples").glob("*.py")):
-        source = path.read_text()
-        title, _, rest = (ast.get_docstring(ast.parse(source)) or "").partition("\n")
-        lines += ["", f"## {path.name}", "", title, rest, "", '??? example "Source"', "", "    ```python"]
+    lines += ["Scripts in the folder `interop_examples` of the repository. Each runs as it is where torch, JAX and the"]
+    lines += ["packages below its title are installed. `make amd-quark` installs those of the last one, and runs it."]
+    folder = ROOT / "interop_examples"
+    unlisted = {path.stem for path in folder.glob("*.py")} ^ set(EXAMPLES)
+    assert not unlisted, f"EXAMPLES and interop_examples/ differ in {sorted(unlisted)}"
+    for name in EXAMPLES:
+        source = (folder / f"{name}.py").read_text()
+        tree = ast.parse(source)
+        title, _, rest = (ast.get_docstring(tree) or "").partition("\n")
+        lines += ["", f"## {name}.py", ""]
+        if packages := needed(tree):
+            lines += [f"Needs besides: {', '.join(packages)}.", ""]
+        lines += [title, rest, "", '??? example "Source"', "", "    ```python"]
         lines += [f"    {line}".rstrip() for line in source.rstrip().splitlines()] + ["    ```"]
     return "\n".join(lines) + "\n"
+
+
+def needed(tree: ast.Module) -> list[str]:
+    """What a script imports, anywhere in it, of BESIDES."""
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").partition(".")[0])
+    return sorted(BESIDES[name] for name in imported & BESIDES.keys())
