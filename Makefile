@@ -87,7 +87,7 @@ $(VENV)/.%: $(VENV)/.installed $(VENV)/.test-tools
 # torch first, and pinned in every call: the others would fetch the newest with CUDA. AMD Quark compiles as it is imported.
 TORCH := $(shell grep ^torch== constraints.txt)
 
-$(VENV)-amd/.installed: $(SOURCES)
+$(VENV)-amd/.installed: $(SOURCES) constraints.txt
 	$(call environment,$(VENV)-amd)
 	$(VENV)-amd/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)-amd/bin/python -m pip install --quiet $(TORCH) --group test --group amd-quark
@@ -292,6 +292,7 @@ harden: $(VENV)/.installed
 	$(MAKE) test-cpp PRESET=aarch64
 	$(MAKE) test-aarch64
 	$(MAKE) check-release
+	$(MAKE) amd-quark
 	$(MAKE) test-312
 	scripts/jaxlib_matrix.sh
 	PYTHON=$(PYTHON312) scripts/jaxlib_matrix.sh newest

@@ -18,6 +18,7 @@ MODULES = (
     "quark_kernels",
     "quark_kernels.interop",
     "quark_torch",
+    "quark_torch.amd_backend",  # quark_torch.amd_quark, which needs AMD Quark to be imported, has the same names
     "quark_torch.kernel",
     "quark_torch.nn",
     "quark_torch.onnx",

@@ -6,11 +6,15 @@ a NaN being a NaN.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -21,7 +25,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quark_kernels import requires
-from quark_torch import amd_calls, kernel
+from quark_torch import amd_backend, amd_calls, kernel
 
 NONE = torch.empty(0)
 FLOATS = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0, "fp6_e3m2": 28.0, "fp6_e2m3": 7.5, "fp4": 6.0}
@@ -46,15 +50,34 @@ OLD = {
 NEW = OLD | {"non_scaled_fake_quantize": f'{BLOCKS}, str scale_calculation_mode="even"'}
 
 
+class Stub(NamedTuple):
+    """A namespace with operators like AMD Quark's, which return 77 everywhere, and our kernels in front of them."""
+
+    namespace: str
+    kernels: amd_backend.Kernels
+
+    @property
+    def ops(self) -> Any:
+        return getattr(torch.ops, self.namespace)
+
+    @property
+    def is_new(self) -> bool:
+        return self.namespace.endswith("new")
+
+    def use(self, strict: bool | None, release: tuple[int, int] = (0, 13)) -> None:
+        self.kernels.use(strict, release)
+
+
 @pytest.fixture(params=["old", "new"])
-def stub(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace with operators like AMD Quark's, which return 77 everywhere."""
+def stub(request: pytest.FixtureRequest) -> Iterator[Stub]:
     namespace = f"quark_stub_{request.param}"
     library = torch.library.Library(namespace, "DEF")
     for name, arguments in (OLD if request.param == "old" else NEW).items():
         library.define(f"{name}({arguments}) -> Tensor")
         library.impl(name, theirs, "CompositeExplicitAutograd")
-    yield namespace
+    kernels = amd_backend.Kernels(namespace)
+    yield Stub(namespace, kernels)
+    kernels.library._destroy()
     library._destroy()
 
 
@@ -70,32 +93,32 @@ def block_call(ops: Any, x: torch.Tensor, quant_dtype: str, *mode: str) -> torch
     return ops.non_scaled_fake_quantize(x, quant_dtype, "fp4", -1, 32, *mode)
 
 
-def test_stub_calls_come_here_and_back(stub: str) -> None:
-    ops = getattr(torch.ops, stub)
+def test_stub_calls_come_here_and_back(stub: Stub) -> None:
+    ops = stub.ops
     x, s, z = torch.randn(4, 64), torch.tensor(0.02), torch.tensor(0, dtype=torch.int32)
+    assert is_theirs(ops.quant_fp8_e4m3(x))
     arguments = ("int8", x, s, z, 1, 1, -128, 127, 8, "per_tensor")
-    undo = amd_calls.register(stub, strict=False, release=(0, 13))
+    stub.use(strict=False)
     assert_same(ops.scaled_fake_quantize(*arguments, "None"), kernel.scaled_fake_quantize(*arguments))
     assert_same(ops.scaled_real_quantize(*arguments), kernel.scaled_real_quantize(*arguments))
     assert_same(ops.quant_fp8_e4m3(x), kernel.quant_fp8_e4m3(x))
-    undo()
+    stub.use(None)
     assert is_theirs(ops.scaled_fake_quantize(*arguments, "None"))
     assert is_theirs(ops.quant_fp8_e4m3(x))
 
 
-def test_stub_default_rule(stub: str) -> None:
+def test_stub_default_rule(stub: Stub) -> None:
     """It is "even" where the operator has the argument, and "floor" before."""
     x = torch.full((1, 32), 1.9)
-    undo = amd_calls.register(stub, strict=False, release=(0, 13))
-    got = block_call(getattr(torch.ops, stub), x, "mx")
-    undo()
-    assert_same(got, torch.full_like(x, 2.0 if stub.endswith("new") else 1.5))  # scales 0.5 and 0.25, which saturates
+    stub.use(strict=False)
+    got = block_call(stub.ops, x, "mx")
+    assert_same(got, torch.full_like(x, 2.0 if stub.is_new else 1.5))  # scales 0.5 and 0.25, which saturates
 
 
-def test_stub_takes_what_the_core_cannot(stub: str) -> None:
-    ops = getattr(torch.ops, stub)
+def test_stub_takes_what_the_core_cannot(stub: Stub) -> None:
+    ops = stub.ops
     x, s, z = torch.randn(4, 64), torch.tensor(0.02), torch.tensor(0, dtype=torch.int32)
-    undo = amd_calls.register(stub, strict=False, release=(0, 13))
+    stub.use(strict=False)
     rest = (1, 1, -128, 127, 8, "per_tensor")
     assert is_theirs(ops.scaled_fake_quantize("int32", x, s, z, *rest, "None"))
     assert is_theirs(ops.scaled_fake_quantize("int8", x, s, z.float(), *rest, "None")), "a floating zero point"
@@ -106,13 +129,12 @@ def test_stub_takes_what_the_core_cannot(stub: str) -> None:
     assert not is_theirs(block_call(ops, x, "bfp16"))
     differentiated = ops.scaled_fake_quantize("int8", x.clone().requires_grad_(), s, z, *rest, "None")
     assert is_theirs(differentiated)
-    undo()
 
 
-def test_stub_strict(stub: str) -> None:
-    ops = getattr(torch.ops, stub)
+def test_stub_strict(stub: Stub) -> None:
+    ops = stub.ops
     x, z = torch.randn(4, 64), torch.tensor(0, dtype=torch.int32)
-    undo = amd_calls.register(stub, strict=True, release=(0, 13))
+    stub.use(strict=True)
 
     def fake(x: torch.Tensor, s: float) -> torch.Tensor:
         return ops.scaled_fake_quantize("int8", x, torch.tensor(s), z, 1, 1, -128, 127, 8, "per_tensor", "None")
@@ -124,37 +146,88 @@ def test_stub_strict(stub: str) -> None:
     for value in (torch.nan, torch.inf, -torch.inf, 3e38):
         assert is_theirs(fake(x.index_fill(1, torch.tensor([5]), value), 0.02)), value
     assert is_theirs(block_call(ops, x, "bfp16"))
-    assert is_theirs(block_call(ops, x, "mx")) == stub.endswith("old")
-    if stub.endswith("new"):
+    assert is_theirs(block_call(ops, x, "mx")) == (not stub.is_new)
+    if stub.is_new:
         assert is_theirs(block_call(ops, x, "mx", "floor"))
         assert is_theirs(block_call(ops, torch.full_like(x, 3e38), "mx"))
-    undo()
 
 
 @pytest.mark.parametrize("release", [(0, 12), (0, 13)])
 @pytest.mark.parametrize("quant_dtype", ["mx6", "mx9"])
-def test_stub_flushes_since_0_13(stub: str, quant_dtype: str, release: tuple[int, int]) -> None:
+def test_stub_flushes_since_0_13(stub: Stub, quant_dtype: str, release: tuple[int, int]) -> None:
     x = torch.full((1, 32), -(2.0**-130))
-    undo = amd_calls.register(stub, strict=False, release=release)
-    y = block_call(getattr(torch.ops, stub), x, quant_dtype)
-    undo()
+    stub.use(False, release)
+    y = block_call(stub.ops, x, quant_dtype)
     assert bool((y == 0).all()) == (release == (0, 13))
 
 
-def test_stub_under_fake_tensors(stub: str) -> None:
+def test_stub_under_fake_tensors(stub: Stub) -> None:
     """Kernels for CPU and CUDA don't take part where there are no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    torch.library.register_fake(f"{stub}::quant_fp8_e4m3", lambda x: torch.empty_like(x, dtype=torch.float8_e4m3fn))
-    undo = amd_calls.register(stub, strict=False, release=(0, 13))
+    torch.library.register_fake(
+        f"{stub.namespace}::quant_fp8_e4m3", lambda x: torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    )
+    stub.use(strict=False)
     with FakeTensorMode():
-        assert getattr(torch.ops, stub).quant_fp8_e4m3(torch.empty(3)).dtype == torch.float8_e4m3fn
-    undo()
+        assert stub.ops.quant_fp8_e4m3(torch.empty(3)).dtype == torch.float8_e4m3fn
+
+
+def test_stub_strict_shapes(stub: Stub) -> None:
+    """What AMD Quark gives other shapes, or refuses, is left to it where strict."""
+    ops, x, z = stub.ops, torch.randn(4, 32), torch.zeros(4, dtype=torch.int32)
+    fp4 = ("fp4", torch.randn(()), torch.ones(1), NONE, 0, 8, -6, 6, 8, "per_group")
+
+    def ours() -> list[bool]:
+        rest = (-128, 127, 8)
+        calls = [
+            ops.scaled_fake_quantize("int8", x, z + 0.1, z, -2, 1, *rest, "per_channel", "None"),
+            ops.scaled_real_quantize("int8", x[0, 0], z[:1] + 0.1, z[:1], 0, 1, *rest, "per_tensor"),
+            block_call(ops, x.double(), "mx6"),
+            block_call(ops, x[:0], "mx9"),
+        ]
+        return [not is_theirs(y) or not y.numel() for y in calls]
+
+    stub.use(strict=False)
+    assert all(ours())
+    assert is_theirs(ops.scaled_real_quantize(*fp4)), "0-d data has no groups"
+    stub.use(strict=True)
+    assert ours() == [False, False, False, True]
+
+
+def test_stub_while_others_call(stub: Stub) -> None:
+    """Calls in other threads are AMD Quark's or ours, whatever is installed meanwhile."""
+    x = torch.linspace(-1, 1, 64)
+    ours, theirs = kernel.quant_fp8_e4m3(x).float(), torch.full((64,), 77.0)
+    done = threading.Event()
+
+    def calls() -> int:
+        count = 0
+        while not done.is_set():
+            y = stub.ops.quant_fp8_e4m3(x).float()
+            assert y.equal(ours) or y.equal(theirs)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(3) as threads:
+        counts = [threads.submit(calls) for _ in range(3)]
+        for i in range(300):
+            stub.use((True, False, None)[i % 3])
+            time.sleep(0.001)
+        done.set()
+    assert all(count.result() > 10 for count in counts)
 
 
 @pytest.mark.parametrize(
     ("version", "release"),
-    [("0.8", (0, 8)), ("0.11.1", (0, 11)), ("0.13+cpu", (0, 13)), ("1.0", (1, 0)), ("nightly", (0, 0))],
+    [
+        ("0.8", (0, 8)),
+        ("0.11.1", (0, 11)),
+        ("0.13+cpu", (0, 13)),
+        ("0.13rc1", (0, 13)),
+        ("1.0", (1, 0)),
+        ("nightly", (0, 0)),
+    ],
 )
 def test_versions(version: str, release: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: version)
@@ -179,7 +252,7 @@ def test_without_amd_quark() -> None:
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == (
         "ModuleNotFoundError: quark_torch.amd_quark needs amd-quark 0.8 to 0.13, which isn't installed: "
-        "pip install amd-quark"
+        "pip install 'amd-quark==0.13.*'"
     )
 
 
@@ -350,19 +423,54 @@ def test_bits(calls: Callable[..., Iterator[Call]], dtype: Any, kind: str, amd: 
         with amd.installed(strict=strict):
             got = [call() for call in made]
         for call, ours, expected in zip(made, got, wanted, strict=True):
-            if strict or not call.known:
-                told = [a for a in call.arguments if not isinstance(a, torch.Tensor)]
-                assert_same(ours, expected, f"strict={strict} {call.name} {told}")
+            told = f"strict={strict} {call.name} {[a for a in call.arguments if not isinstance(a, torch.Tensor)]}"
+            if strict or not call.known or not isinstance(expected, torch.Tensor):
+                assert_same(ours, expected, told)
+            elif call.name == "non_scaled_real_quantize":  # in the layout that AMD Quark documents, and doesn't have
+                is_ours = ours_takes(amd_calls.Rules(False, "even", True), call)
+                assert_same(ours, kernel.non_scaled_real_quantize(*call.arguments) if is_ours else expected, told)
+            else:
+                assert share_of_others(ours, expected) <= (0.4 if kind == "special" else 0.21), told
+
+
+def share_of_others(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """How many of the results differ: errata are few numbers, or those near NaN and infinities."""
+    assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+    are_nan = got.isnan() & wanted.isnan()
+    return float(((got != wanted) & ~are_nan).float().mean())
+
+
+TAKEN = {
+    "scaled_fake_quantize": (96, 78, 78),
+    "scaled_real_quantize": (96, 58, 58),
+    "dequantize": (54, 54, 46),
+    "dequantize_fp8_per_block": (4, 4, 4),
+    "fake_quantize_to_low_precision_fp": (3, 3, 3),
+    "non_scaled_fake_quantize mx": (108, 102, 30),
+    "non_scaled_fake_quantize mx6": (6, 6, 6),
+    "non_scaled_fake_quantize mx9": (6, 6, 6),
+    "non_scaled_fake_quantize bfp16": (6, 6, 0),
+    "non_scaled_real_quantize mx": (12, 4, 0),
+    "non_scaled_real_quantize mx6": (6, 0, 0),
+    "non_scaled_real_quantize mx9": (6, 0, 0),
+}
+"""Calls, and how many are ours, and strictly ours; of all others every one is."""
 
 
 def test_what_runs_where(amd: Any) -> None:
-    """Most calls are ours: equal bits would prove nothing if they were AMD Quark's own."""
+    """Equal bits would prove nothing if they were AMD Quark's own."""
     x = data("randn", torch.float32)
-    made = [call for calls in (integer_calls, float_calls, block_calls) for call in calls(x, "randn")]
-    for strict, least in ((False, 0.8), (True, 0.5)):
-        rules = amd_calls.Rules(strict, "even", True)
-        taken = sum(ours_takes(rules, call) for call in made)
-        assert taken > least * len(made), f"{taken} of {len(made)}"
+    counts: dict[str, list[int]] = {}
+    for call in (call for calls in (integer_calls, float_calls, block_calls) for call in calls(x, "randn")):
+        name = f"{call.name} {call.arguments[1]}" if call.name.startswith("non_scaled") else call.name
+        count = counts.setdefault(name, [0, 0, 0])
+        count[0] += 1
+        for i, strict in enumerate((False, True)):
+            count[1 + i] += ours_takes(amd_calls.Rules(strict, "even", True), call)
+    assert {name: tuple(count) for name, count in counts.items()} == {
+        name: TAKEN.get(name, (1, 1, 1)) for name in counts
+    }
+    assert counts.keys() >= TAKEN.keys()
 
 
 def ours_takes(rules: amd_calls.Rules, call: Call) -> bool:
@@ -380,11 +488,11 @@ def test_install_and_uninstall(amd: Any) -> None:
     call = Call("non_scaled_fake_quantize", (torch.tensor([[torch.inf] + [1.0] * 31]), "mx", "fp4", -1, 32))
     wanted = call()
     amd.install()
-    assert amd.is_installed()
-    undo = list(amd._State.undo)
     amd.install()
-    assert amd._State.undo == undo, "a second time changes nothing"
+    assert amd.is_installed()
     assert call().isnan().all()
+    importlib.reload(amd)
+    assert amd.is_installed()
     assert theirs.lsq_quantize is kernel.lsq_quantize
     assert theirs.scaled_fake_quantize_compiled is theirs.scaled_fake_quantize
     amd.install(strict=True)
@@ -398,6 +506,28 @@ def test_install_and_uninstall(amd: Any) -> None:
     assert not amd.is_installed()
     assert {name: getattr(theirs, name) for name in names} == before
     assert_same(call(), wanted)
+
+
+def test_install_is_told_how(amd: Any) -> None:
+    for strict in (None, 1, "no"):
+        with pytest.raises(TypeError, match=f"strict is {strict!r}; allowed: True or False"):
+            amd.install(strict=strict)
+        with pytest.raises(TypeError), amd.installed(strict=strict):
+            pass
+    assert not amd.is_installed()
+
+
+def test_what_others_replace_is_theirs(amd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that someone puts into AMD Quark's module meanwhile stays there."""
+    theirs = sys.modules["quark.torch.kernel"]
+    amd.install()
+    monkeypatch.setattr(theirs, "tqt_quantize", len)
+    amd.install(strict=True)
+    amd.uninstall()
+    assert theirs.tqt_quantize is len
+    monkeypatch.undo()  # which puts ours back
+    amd.uninstall()
+    assert theirs.tqt_quantize is not kernel.tqt_quantize
 
 
 def test_mxfp4_of_16_bits(amd: Any) -> None:
@@ -465,4 +595,8 @@ def test_model_quantizer(name: str, dtype: Any, amd: Any, monkeypatch: pytest.Mo
             with amd.installed(strict=strict):
                 got = example.run(layers, dtype)
             if strict or (name, dtype) != ("bfp16", torch.bfloat16):
-                assert example.different(wanted, got) == "the same bits"
+                assert example.different(wanted, got) == example.SAME
+            else:  # a logarithm that AMD Quark rounds to 16 bits
+                pairs = list(zip(wanted.weights, got.weights, strict=True))
+                others = sum(share_of_others(b, a) * a.numel() for a, b in pairs)
+                assert 0 < others < 0.01 * sum(a.numel() for a, _ in pairs)

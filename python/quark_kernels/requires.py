@@ -5,6 +5,7 @@ Each function returns the ImportError to raise, or None where nothing is missing
 
 from __future__ import annotations
 
+import re
 from importlib import import_module, metadata
 from importlib.util import find_spec
 
@@ -89,7 +90,8 @@ def amd_quark() -> ImportError | None:
     try:
         version = metadata.version("amd-quark")
     except metadata.PackageNotFoundError:
-        line = f"quark_torch.amd_quark needs amd-quark {low} to {high}, which isn't installed: pip install amd-quark"
+        line = f"quark_torch.amd_quark needs amd-quark {low} to {high}, which isn't installed: "
+        line += f"pip install 'amd-quark=={high}.*'"
         return ModuleNotFoundError(line, name="amd-quark")
     if not AMD_QUARK[0] <= amd_quark_release(version) <= AMD_QUARK[1]:
         return ImportError(
@@ -100,5 +102,5 @@ def amd_quark() -> ImportError | None:
 
 def amd_quark_release(version: str) -> tuple[int, int]:
     """Return the first two numbers of a version; (0, 0) where there are none."""
-    numbers = version.partition("+")[0].split(".")[:2]
-    return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and all(map(str.isdigit, numbers)) else (0, 0)
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -12,10 +12,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.library import Library, get_kernel
 from torch.nn.functional import hardshrink
 
-from quark_kernels import _core, documented
+from quark_kernels import documented
 from quark_kernels.documented import CASTS, FP8, INTEGERS, MINIFLOATS
 from quark_kernels.schema import OpSpec, Shape
 from quark_torch import kernel
@@ -24,7 +23,6 @@ from quark_torch.ops import call, planned
 
 Tensor = torch.Tensor
 
-FIRST_TO_FLUSH = (0, 13)
 LEAST_SCALE = 2.0**-23
 """What AMD Quark puts in the place of a zero scale of minifloats per group."""
 NORMAL = 2.0**-126
@@ -75,6 +73,13 @@ def _expect_tame(rules: Rules, x: Tensor, scale: Tensor | None, ratio: float = t
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
+def _expect_usual(rules: Rules, x: Tensor, axis: int, group_size: int, qscheme: str) -> None:
+    """Where strict: decline what AMD Quark gives another shape than x's, or refuses."""
+    if rules.strict:
+        _decline_if(x.dim() == 0)
+        _decline_if((qscheme == "per_channel" and axis < 0) or (qscheme == "per_group" and group_size < 1))
+
+
 def _without_zeros(scale: Tensor) -> Tensor:
     return scale.masked_fill(scale == 0.0, LEAST_SCALE)
 
@@ -118,6 +123,7 @@ def scaled_fake_quantize(
     mx_element_dtype: str = "None",
 ) -> Tensor:
     """Compute ``scaled_fake_quantize``."""
+    _expect_usual(rules, x, axis, group_size, qscheme)
     if quant_dtype in INTEGERS:
         z = _integer_zero_point(zero_point)
         _expect_tame(rules, x, scale, 2.0**62)
@@ -176,6 +182,7 @@ def scaled_real_quantize(
     qscheme: str,
 ) -> Tensor:
     """Compute ``scaled_real_quantize``. Of fp6 and fp4 AMD Quark returns the values of the codes, in float32."""
+    _expect_usual(rules, x, axis, group_size, qscheme)
     if quant_dtype in INTEGERS:
         z = _integer_zero_point(zero_point)
         _expect_tame(rules, x, scale)
@@ -193,6 +200,7 @@ def scaled_real_quantize(
 
 def _group_values(rules: Rules, quant_dtype: str, x: Tensor, scale: Tensor, axis: int, group_size: int) -> Tensor:
     _expect_tame(rules, x, scale)
+    _decline_if(not x.dim())
     s = scale.float()
     if s.dim() == x.dim() + 1:  # the axis of the groups' elements
         s = s.squeeze(axis % x.dim() + 1)
@@ -211,6 +219,7 @@ def dequantize(
     qscheme: str,
 ) -> Tensor:
     """Compute ``dequantize``."""
+    _expect_usual(rules, q, axis, group_size, qscheme)
     if quant_dtype in FP8 and qscheme == "per_block":
         return dequantize_fp8_per_block(rules, q, scale, None)
     z = None
@@ -262,6 +271,7 @@ def non_scaled_fake_quantize(
     elif quant_dtype == "bfp16":
         _decline_if(rules.strict)  # again a rounded logarithm
     elif rules.flushes:
+        _decline_if(rules.strict and (x.dtype == torch.float64 or not x.numel()))  # which it refuses
         x = hardshrink(x, _largest_subnormal(x.dtype))
     else:
         _decline_if(rules.strict)
@@ -320,50 +330,3 @@ for _name in FP8:
     for _operator in (f"quant_{_name}", f"dequant_{_name}"):
         CALLS[_operator] = CALLS[f"{_operator}_with_scale"] = _as_documented(getattr(kernel, _operator))
     CALLS[f"quant_dequant_{_name}"] = partial(quant_dequant_fp8, _name)
-
-
-# ---- the dispatcher --------------------------------------------------------------------------------------------------
-
-
-def register(namespace: str, *, strict: bool, release: tuple[int, int]) -> Callable[[], None]:
-    """Register these kernels for the operators of a namespace, which are defined as AMD Quark of a release has them.
-
-    Returns:
-        What takes them away.
-
-    """
-    library = Library(namespace, "IMPL")
-    operators = getattr(torch.ops, namespace)
-    rules = Rules(strict, _default_mode(operators), release >= FIRST_TO_FLUSH)
-    for name, ours in CALLS.items():
-        if not hasattr(operators, name):
-            continue  # older versions have fewer
-        for device in _devices():
-            theirs = get_kernel(f"{namespace}::{name}", device)
-            library.impl(name, _kernel(ours, theirs, rules), device, with_keyset=True)
-    return library._destroy  # what torch's own tests and scoped libraries take kernels away with
-
-
-def _devices() -> list[str]:
-    """The devices that this build has kernels for. ROCm's are CUDA's to torch."""
-    platform = "HIP" if torch.version.hip else "CUDA"
-    return ["CPU", *(["CUDA"] if not dict(_core.gpu_builds())[platform].startswith("none") else [])]
-
-
-def _default_mode(operators: Any) -> str:
-    """How scales are chosen where a call doesn't say: "floor" while there was no such argument."""
-    operator = getattr(operators, "non_scaled_fake_quantize", None)
-    names = [argument.name for argument in operator.default._schema.arguments] if operator else []
-    return "even" if "scale_calculation_mode" in names else "floor"
-
-
-def _kernel(ours: Callable[..., torch.Tensor], theirs: Any, rules: Rules) -> Callable[..., torch.Tensor]:
-    def run(keys: torch._C.DispatchKeySet, *arguments: Any) -> torch.Tensor:
-        if not (torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)):
-            try:
-                return ours(rules, *arguments)
-            except (TypeError, ValueError):
-                pass  # what isn't for the core, their kernel computes, or refuses in its own words
-        return theirs.call_boxed(keys, *arguments)  # type: ignore[no-any-return]
-
-    return run
