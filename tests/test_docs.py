@@ -105,6 +105,7 @@ def public(module: Path) -> set[str]:
         ("quark_jax/__init__.py", ["quark_jax", "quark_kernels"]),
         ("quark_kernels/__init__.py", ["quark_kernels", "interop"]),
         ("quark_kernels/interop.py", ["interop"]),
+        ("quark_torch/amd_quark.py", ["amd_quark"]),
         ("quark_torch/onnx.py", ["onnx"]),
         ("quark_jax/kernel.py", ["torch_kernel"]),
     ],

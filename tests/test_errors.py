@@ -98,7 +98,18 @@ WRONG: list[tuple[str, Call, type[Exception], str]] = [
         TypeError,
         "scale has dtype int32; allowed: float32, float16, bfloat16",
     ),
-    ("scale_type", lambda api, a, x: api.quantize(x, "int8", scale="1"), TypeError, r"scale is a builtins\.str"),
+    (
+        "scale_type",
+        lambda api, a, x: api.quantize(x, "int8", scale="1"),
+        TypeError,
+        r"scale is a builtins\.str; allowed: a number",
+    ),
+    (
+        "zero_number",
+        lambda api, a, x: api.quantize(x, "int8", scale=1.0, zero_point=1.5),
+        TypeError,
+        "zero_point is a builtins.float; allowed: an integer",
+    ),
     (
         "zero_alone",
         lambda api, a, x: api.quantize(x, "int8", zero_point=1),
@@ -462,7 +473,7 @@ class TestSpecs:
             (lambda: PerGroup(0), ValueError, "size is 0; allowed: 1 or more"),
             (lambda: PerGroup(2.0), TypeError, "size is 2.0"),  # type: ignore[arg-type]
             (lambda: PerChannel("0"), TypeError, "axis is '0'"),  # type: ignore[arg-type]
-            (lambda: PerBlock(128), ValueError, r"size is 128; allowed: a pair \(rows, columns\)"),  # type: ignore[arg-type]
+            (lambda: PerBlock(128), ValueError, r"size is 128; allowed: a tuple \(rows, columns\)"),  # type: ignore[arg-type]
             (lambda: PerBlock((0, 1)), ValueError, "size is 0; allowed: 1 or more"),
             (lambda: QuantSpec.parse("int8 what=1"), ValueError, "can't read 'what=1' in the spec"),
             (lambda: QuantSpec.parse("int8 group=1,0 channel=0"), ValueError, "'channel=0' says again"),

@@ -24,6 +24,7 @@ from quark_kernels.spec import PerTensor, QuantSpec, as_spec, one_of
 ONE: Any = np.float32(1)
 """The scale 1."""
 NUMBER = "a number, a jax.Array or a NumPy array"
+INTEGER = "an integer, a jax.Array or a NumPy array"
 DATA_DTYPES = tuple(jnp.dtype(name) for name in schema.FLOAT_DTYPES)
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -120,7 +121,8 @@ def _qparams(
 
     They aren't in normal form yet: that costs more than all else outside of jit, so it is done within.
     """
-    scale, zero_point = _array_or_number("scale", scale), _array_or_number("zero_point", zero_point)
+    scale = _array_or_number("scale", scale, NUMBER)
+    zero_point = _array_or_number("zero_point", zero_point, INTEGER)
     has_seed = seed is not None
     # NumPy's scalars are numbers here, as Python's are.
     kinds = [isinstance(a, numbers.Real) or kind(a) for a in (scale, zero_point)]
@@ -136,15 +138,15 @@ def _qparams(
     if isinstance(zero_point, numbers.Integral):
         zero_point = np.int32(schema.int32_zero_point(int(zero_point)))
     elif zero_point is not None:
-        zero_point = check_array("zero_point", zero_point)
+        zero_point = check_array("zero_point", zero_point, INTEGER)
     return plan, QParams(scale, None, None, key, zero_point)
 
 
-def _array_or_number(name: str, a: Any) -> Any:
+def _array_or_number(name: str, a: Any, allowed: str) -> Any:
     """A given scale or zero point: None, a number or an array, a Python float that jit has traced as a float32 one."""
     if a is None or (not isinstance(a, jax.Array) and isinstance(a, numbers.Real)):
         return a
-    a = check_array(name, a)
+    a = check_array(name, a, allowed)
     return a.astype(np.float32) if a.dtype == np.float64 and getattr(a, "weak_type", False) else a
 
 

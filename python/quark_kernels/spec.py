@@ -44,7 +44,7 @@ class PerBlock:
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, tuple) or len(self.size) != 2:
-            raise ValueError(f"PerBlock: size is {self.size!r}; allowed: a pair (rows, columns)")
+            raise ValueError(f"PerBlock: size is {self.size!r}; allowed: a tuple (rows, columns)")
         object.__setattr__(self, "size", tuple(as_int("size", length, 1) for length in self.size))
 
 

@@ -18,6 +18,7 @@ from quark_torch.ops import Run, bound, call, dtype_name, is_distributed, planne
 from quark_torch.qtensor import QTensor
 
 NUMBER = "a number or a torch.Tensor"
+INTEGER = "an integer or a torch.Tensor"
 DATA_DTYPES = tuple(getattr(torch, name) for name in schema.FLOAT_DTYPES)
 SpecLike = str | torch.dtype | QuantSpec
 
@@ -110,9 +111,10 @@ def _qparams(
     if scale is None:
         return plan, QParams(None, None, None, key)
     scale_format = plan.spec.scale_format
-    if not isinstance(scale, torch.Tensor) and isinstance(scale, numbers.Real) and scale_format in ("float32", "e4m3"):
+    may_be_number = scale_format in ("float32", "e4m3")
+    if may_be_number and not isinstance(scale, torch.Tensor) and isinstance(scale, numbers.Real):
         scale = _float32("scale", scale, x)
-    scale = normal(_beside_x("scale", scale, x), plan.scale_shape)
+    scale = normal(_beside_x("scale", scale, x, NUMBER if may_be_number else "a torch.Tensor"), plan.scale_shape)
     if plan.op_spec.has_global_scale:
         scale = scale.float()
         return plan, QParams(call("choose_qparams", [x.detach(), scale], plan.op_spec), scale, None, key)
@@ -121,12 +123,12 @@ def _qparams(
     if zero_point is not None:
         if not isinstance(zero_point, torch.Tensor) and isinstance(zero_point, numbers.Integral):
             zero_point = _filled(schema.int32_zero_point(int(zero_point)), torch.int32, x)
-        zero_point = _int32(normal(_beside_x("zero_point", zero_point, x), plan.scale_shape))
+        zero_point = _int32(normal(_beside_x("zero_point", zero_point, x, INTEGER), plan.scale_shape))
     return plan, QParams(scale, None, None, key, zero_point)
 
 
-def _beside_x(name: str, t: Any, x: torch.Tensor) -> torch.Tensor:
-    tensor = check_tensor(name, t)
+def _beside_x(name: str, t: Any, x: torch.Tensor, allowed: str) -> torch.Tensor:
+    tensor = check_tensor(name, t, allowed)
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {t.device}; x is on {x.device}, allowed: the same device")
     return tensor
