@@ -84,7 +84,7 @@ $(VENV)/.%: $(VENV)/.installed $(VENV)/.test-tools
 	  -C cmake.define.QUARK_WERROR=ON -C build-dir=build/module-$* . --target "$$($(VENV)-$*/bin/python $(PACKAGES))"
 	touch $@
 
-# torch first, and pinned in every call: the others would fetch the newest with CUDA. AMD Quark compiles as it is imported.
+# torch first, and pinned in every call: the others would fetch the newest. AMD Quark compiles as it is imported.
 TORCH := $(shell grep ^torch== constraints.txt)
 
 $(VENV)-amd/.installed: $(SOURCES) constraints.txt

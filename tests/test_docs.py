@@ -8,6 +8,9 @@ A block that is marked as `py` is only shown: it needs what isn't installed.
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
+import inspect
 import re
 import sys
 from contextlib import redirect_stdout
@@ -86,6 +89,21 @@ def test_the_walk_through_the_code() -> None:
             word = name.split(".")[-1].split("::")[-1]
             # One operator's name is a row of ops.inc, from which bindings are made.
             assert word in source or f"QUARK_OP({word}" in (ROOT / "cpp/ops.inc").read_text(), (name, place)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_examples_of_docstrings(framework: str) -> None:
+    """Every function of tensors has one, and it is true."""
+    pytest.importorskip(framework)
+    package = importlib.import_module(f"quark_{framework}")
+    names = {package.__name__: package, "torch": sys.modules.get("torch"), "jnp": sys.modules.get("jax.numpy")}
+    examples = doctest.DocTestFinder().find(package.functions, extraglobs=names)
+    runner = doctest.DocTestRunner(verbose=False)
+    for example in examples:
+        runner.run(example)
+    assert runner.failures == 0
+    shown = {example.name.rpartition(".")[2] for example in examples if example.examples}
+    assert shown == {name for name in package.__all__ if inspect.isfunction(getattr(package.functions, name, None))}
 
 
 def public(module: Path) -> set[str]:

@@ -331,6 +331,16 @@ def quantize(
         TypeError: a wrong kind of array or dtype.
         ValueError: a wrong name, shape, axis, size or combination.
 
+    Examples:
+        >>> x = jnp.array([[0.1, -0.5, 1.0, 0.26]])
+        >>> q = quark_jax.quantize(x, "int8", axis=0)
+        >>> q.qvalue
+        Array([[ 13, -64, 127,  33]], dtype=int8)
+        >>> q.scale
+        Array([[0.00787402]], dtype=float32)
+        >>> quark_jax.quantize(x, "fp4", scale=0.25, packed=False).dequantize()
+        Array([[ 0.125, -0.5  ,  1.   ,  0.25 ]], dtype=float32)
+
     """
     x = check_data("x", x)
     (whole, op_spec, packed, _), params = _qparams(spec, x, axis, group_size, packed, scale, zero_point, seed)
@@ -369,6 +379,11 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     Raises:
         TypeError: not a QTensor, or another dtype.
         ValueError: the parts of ``q`` don't fit together.
+
+    Examples:
+        >>> q = quark_jax.quantize(jnp.array([0.1, -0.5, 1.0]), "fp8_e4m3", scale=1.0)
+        >>> quark_jax.dequantize(q)
+        Array([ 0.1015625, -0.5      ,  1.       ], dtype=float32)
 
     """
     if not isinstance(q, QTensor):
@@ -447,6 +462,11 @@ def fake_quantize(
         TypeError: a wrong kind of array or dtype.
         ValueError: a wrong name, shape, axis, size or combination.
 
+    Examples:
+        >>> x = jnp.array([0.1, -0.5, 1.0, 9.0])
+        >>> quark_jax.fake_quantize(x, "int4", scale=0.25)
+        Array([ 0.  , -0.5 ,  1.  ,  1.75], dtype=float32)
+
     """
     x = check_data("x", x)
     one_of("gradient", gradient, schema.GRADIENTS)
@@ -484,6 +504,14 @@ def choose_qparams(
     Raises:
         TypeError: a wrong kind of array or dtype.
         ValueError: a wrong name, axis or size.
+
+    Examples:
+        >>> x, spec = jnp.array([0.0, 0.5, 2.55]), quark_jax.QuantSpec("uint8", symmetric=False)
+        >>> scale, zero_point = quark_jax.choose_qparams(x, spec)
+        >>> scale
+        Array(0.01, dtype=float32)
+        >>> zero_point
+        Array(0, dtype=int32)
 
     """
     x = check_data("x", x)
@@ -532,6 +560,10 @@ def lsq_quantize(
         TypeError: a wrong kind of array or dtype.
         ValueError: a wrong name, shape, axis, range or combination.
 
+    Examples:
+        >>> quark_jax.lsq_quantize(jnp.array([0.12, -0.5, 1.0]), jnp.array(0.1), quant_min=-8, quant_max=7)
+        Array([ 0.1, -0.5,  0.7], dtype=float32)
+
     """
     x = check_data("x", x)
     one_of("rounding", rounding, FIXED_ROUNDINGS)
@@ -571,6 +603,10 @@ def tqt_quantize(
         TypeError: a wrong kind of array or dtype.
         ValueError: a wrong name, shape or width.
 
+    Examples:
+        >>> quark_jax.tqt_quantize(jnp.array([0.12, -0.5, 1.5]), jnp.array(0.0), bits=4)
+        Array([ 0.125, -0.5  ,  0.875], dtype=float32)
+
     """
     x = check_data("x", x)
     one_of("rounding", rounding, FIXED_ROUNDINGS)
@@ -594,6 +630,10 @@ def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
         TypeError: another dtype.
         ValueError: bits or axis out of range.
 
+    Examples:
+        >>> quark_jax.pack(jnp.array([1, 2, 3], jnp.uint8), 4)
+        Array([33,  3], dtype=uint8)
+
     """
     codes = _check_bytes("codes", codes)
     axis = schema.normal_axis(axis, codes.ndim, "codes")
@@ -616,6 +656,10 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1, *, signed: bool) -> jax
     Raises:
         TypeError: another dtype.
         ValueError: bits or axis out of range.
+
+    Examples:
+        >>> quark_jax.unpack(jnp.array([33, 3], jnp.uint8), 4, signed=False)
+        Array([1, 2, 3, 0], dtype=uint8)
 
     """
     packed = _check_bytes("packed", packed)

@@ -298,6 +298,16 @@ def quantize(
         TypeError: a wrong kind of tensor or dtype.
         ValueError: a wrong name, shape, axis, size or combination.
 
+    Examples:
+        >>> x = torch.tensor([[0.1, -0.5, 1.0, 0.26]])
+        >>> q = quark_torch.quantize(x, "int8", axis=0)
+        >>> q.qvalue
+        tensor([[ 13, -64, 127,  33]], dtype=torch.int8)
+        >>> q.scale
+        tensor([[0.0079]])
+        >>> quark_torch.quantize(x, "fp4", scale=0.25, packed=False).dequantize()
+        tensor([[ 0.1250, -0.5000,  1.0000,  0.2500]])
+
     """
     x = check_data("x", x)
     (whole, op_spec, packed, _), params = _qparams(spec, x, axis, group_size, packed, scale, zero_point, seed)
@@ -357,6 +367,11 @@ def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     Raises:
         TypeError: not a QTensor, or another dtype.
         ValueError: the parts of ``q`` don't fit together.
+
+    Examples:
+        >>> q = quark_torch.quantize(torch.tensor([0.1, -0.5, 1.0]), "fp8_e4m3", scale=1.0)
+        >>> quark_torch.dequantize(q)
+        tensor([ 0.1016, -0.5000,  1.0000])
 
     """
     if not isinstance(q, QTensor):
@@ -422,6 +437,11 @@ def fake_quantize(
     Raises:
         TypeError: a wrong kind of tensor or dtype.
         ValueError: a wrong name, shape, axis, size or combination.
+
+    Examples:
+        >>> x = torch.tensor([0.1, -0.5, 1.0, 9.0])
+        >>> quark_torch.fake_quantize(x, "int4", scale=0.25)
+        tensor([ 0.0000, -0.5000,  1.0000,  1.7500])
 
     """
     if zero_point is None and seed is None and out is None:
@@ -532,6 +552,14 @@ def choose_qparams(
         TypeError: a wrong kind of tensor or dtype.
         ValueError: a wrong name, axis or size.
 
+    Examples:
+        >>> x, spec = torch.tensor([0.0, 0.5, 2.55]), quark_torch.QuantSpec("uint8", symmetric=False)
+        >>> scale, zero_point = quark_torch.choose_qparams(x, spec)
+        >>> scale
+        tensor(0.0100)
+        >>> zero_point
+        tensor(0, dtype=torch.int32)
+
     """
     x = check_data("x", x)
     whole, op_spec = planned(_choose_plan, spec, x.shape, axis, group_size, method)
@@ -583,6 +611,10 @@ def lsq_quantize(
     Raises:
         TypeError: a wrong kind of tensor or dtype.
         ValueError: a wrong name, shape, axis, range or combination.
+
+    Examples:
+        >>> quark_torch.lsq_quantize(torch.tensor([0.12, -0.5, 1.0]), torch.tensor(0.1), quant_min=-8, quant_max=7)
+        tensor([ 0.1000, -0.5000,  0.7000])
 
     """
     x = check_data("x", x)
@@ -641,6 +673,10 @@ def tqt_quantize(
         TypeError: a wrong kind of tensor or dtype.
         ValueError: a wrong name, shape or width.
 
+    Examples:
+        >>> quark_torch.tqt_quantize(torch.tensor([0.12, -0.5, 1.5]), torch.tensor(0.0), bits=4)
+        tensor([ 0.1250, -0.5000,  0.8750])
+
     """
     x = check_data("x", x)
     one_of("rounding", rounding, FIXED_ROUNDINGS)
@@ -665,6 +701,10 @@ def pack(codes: torch.Tensor, bits: int, axis: int = -1) -> torch.Tensor:
         TypeError: another dtype.
         ValueError: bits or axis out of range.
 
+    Examples:
+        >>> quark_torch.pack(torch.tensor([1, 2, 3], dtype=torch.uint8), 4)
+        tensor([33,  3], dtype=torch.uint8)
+
     """
     codes = _check_bytes("codes", codes)
     axis = schema.normal_axis(axis, codes.dim(), "codes")
@@ -687,6 +727,10 @@ def unpack(packed: torch.Tensor, bits: int, axis: int = -1, *, signed: bool) -> 
     Raises:
         TypeError: another dtype.
         ValueError: bits or axis out of range.
+
+    Examples:
+        >>> quark_torch.unpack(torch.tensor([33, 3], dtype=torch.uint8), 4, signed=False)
+        tensor([1, 2, 3, 0], dtype=torch.uint8)
 
     """
     packed = _check_bytes("packed", packed)
