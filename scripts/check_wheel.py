@@ -22,6 +22,7 @@ LICENCES = (
     "licenses/robin-map.txt",
     "licenses/apache-2.0.txt",
 )
+TYPED = ("quark_kernels", "quark_torch", "quark_jax", "quark/torch")
 # What every Linux with glibc has. Not libgomp: the one that torch brings is looked up when it is needed.
 LIBRARIES = r"libstdc\+\+\.so\.6|libgcc_s\.so\.1|lib(c|m|dl|pthread|rt)\.so\.\d|ld-linux[\w-]*\.so\.\d"
 
@@ -42,6 +43,7 @@ def check(wheel: Path, policy: str | None) -> str:
     if others:
         sys.exit(f"{wheel.name} holds other files: {', '.join(others)}")
     missing = [name for name in LICENCES if not any(n.endswith(f".dist-info/licenses/{name}") for n in names)]
+    missing += [file for package in TYPED if (file := f"{package}/py.typed") not in names]
     if missing:
         sys.exit(f"{wheel.name} lacks {', '.join(missing)}")
 

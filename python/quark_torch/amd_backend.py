@@ -153,8 +153,7 @@ _BACKEND = _Backend()
 
 def _devices() -> list[str]:
     """The devices that this build has kernels for. ROCm's are CUDA's to torch."""
-    platform = "HIP" if torch.version.hip else "CUDA"
-    return ["CPU", *(["CUDA"] if not dict(_core.gpu_builds())[platform].startswith("none") else [])]
+    return ["CPU", *(["CUDA"] if _core.xla_handlers("ROCM" if torch.version.hip else "CUDA") else [])]
 
 
 def _default_mode(operators: Any) -> str:
