@@ -71,11 +71,12 @@ def changes() -> dict[str, list[tuple[str, str]]]:
 
 
 def run(*command: str | Path, folder: Path, **environment: str) -> str:
+    mine = {key: value for key, value in os.environ.items() if not key.startswith(("QUARK_", "PYTEST_"))}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env={**os.environ, "PATH": path, **environment},
+        env={**mine, "PATH": path, **environment},
         capture_output=True,
         text=True,
         check=False,
