@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant("arrays.h", "uint8_t(r.code - offset)", "uint8_t(r.code)", SCALES),
     Mutant("elements.h", "(a.elements - first + kThreads - 1)", "(a.elements - first + kThreads)", ELEMENTS),
     Mutant("elements.h", "k < count; ++k", "k < count - 1; ++k", ELEMENTS),
-    Mutant("elements.h", "a.out.form.row * a.out.form.bits % 8 == 0", "true", ELEMENTS),
+    Mutant("elements.h", "a.out.form.row % 8 * a.out.form.bits % 8 == 0", "true", ELEMENTS),
     Mutant("groups.h", "if (group >= 0) raise(group, e);", "", SCALES),
     Mutant("groups.h", "mask < 32; mask *= 2", "mask < 16; mask *= 2", SCALES),
     Mutant("groups.h", "is_alone && !has_others && other == group", "is_alone", SCALES),
