@@ -1,4 +1,4 @@
-"""The lint of device code on snippets of PTX and LLVM IR, and the bugs that are planted in it: no compiler is needed."""
+"""The lint of device code on snippets of PTX and LLVM IR, and the bugs planted in it: no compiler is needed."""
 
 from __future__ import annotations
 
