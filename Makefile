@@ -198,9 +198,10 @@ test-simt-memory: $(VENV)/.test-tools
 	done
 
 # The extension for CUDA and HIP with the compilers alone: it loads without a driver and says that there is no device.
-# And what the compilers made of the arithmetic.
+# And what the compilers made of the arithmetic. HIP_DEVICES: for those alone, as in "gfx942;gfx1100".
 HIP_FOLDER := $(abspath build)/hip
 LINTED ?= --only 80 90 gfx942 gfx1100
+HIP_DEVICES ?=
 GPUS ?= $(if $(shell command -v nvcc),CUDA) HIP
 
 test-gpu-build: $(VENV)/.installed $(VENV)/.test-tools
@@ -209,6 +210,7 @@ test-gpu-build: $(VENV)/.installed $(VENV)/.test-tools
 	rm -rf build/gpu-package
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --target build/gpu-package . \
 	  -C build-dir=build/gpu $(foreach platform,$(GPUS),-C cmake.define.QUARK_$(platform)=ON) \
+	  $(if $(HIP_DEVICES),-C cmake.define.QUARK_HIP_ARCHITECTURES="$(HIP_DEVICES)") \
 	  $$(sed -n 's/^-D\(.*\)/-C cmake.define.\1/p' build/hip-arguments)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/device_code.py build/gpu build/gpu-code $(LINTED)
 	PYTHONPATH=build/gpu-package $(BIN)/python -P tests/no_device.py $(GPUS)

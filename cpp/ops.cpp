@@ -457,7 +457,7 @@ Status call(AnyKernel kernel, Tensors in, Tensors out, const QuantSpec& spec, Ru
   if (std::none_of(in.begin(), in.end(), is_empty) && std::none_of(out.begin(), out.end(), is_empty))
     return kernel(in, out, spec, runner);
   TensorView views[kMostTensors];
-  std::copy(out.begin(), out.end(), std::copy(in.begin(), in.end(), views));
+  std::ranges::copy(out, std::ranges::copy(in, views).out);
   for (TensorView& view : views)
     if (is_empty(view)) std::fill_n(view.strides, kMaxRank, 0);
   return kernel({views, in.size()}, {views + in.size(), out.size()}, spec, runner);
