@@ -1019,12 +1019,20 @@ TEST(huge_lengths_of_empty_arrays) {
 
 /// Groups along an axis and a step of as good as everything.
 TEST(huge_strides_of_empty_arrays) {
-  Call c(Op::lsq_backward, "int3 block=2,0",
-         {array(DType::float32, {4, 0}), array(DType::float32, {4, 0}), array(DType::float32, {2, 1}),
+  constexpr int64_t kHuge = -(int64_t(1) << 62) + 1;  // four of them overflow
+  Call c(Op::lsq_backward, "int3 block=2,0,0",
+         {array(DType::float32, {4, 4, 0}), array(DType::float32, {4, 4, 0}), array(DType::float32, {2, 1, 1}),
           array(DType::float32, {})},
-         {array(DType::float32, {4, 0}), array(DType::float32, {2, 1})});
-  for (TensorView* t : {&c.in[0], &c.in[1], &c.out[0]}) t->strides[0] = -(int64_t(1) << 62);
+         {array(DType::float32, {4, 4, 0}), array(DType::float32, {2, 1, 1})});
+  for (TensorView* t : {&c.in[0], &c.in[1], &c.out[0]}) t->strides[1] = kHuge;
   CHECK(c.run().ok());
+  // Of each example, too.
+  Call d(Op::lsq_backward, "int3 block=2,0,0 batch=1",
+         {array(DType::float32, {2, 4, 4, 0}), array(DType::float32, {2, 4, 4, 0}), array(DType::float32, {2, 2, 1, 1}),
+          array(DType::float32, {2})},
+         {array(DType::float32, {2, 4, 4, 0}), array(DType::float32, {2, 2, 1, 1})});
+  for (TensorView* t : {&d.in[0], &d.in[1], &d.out[0]}) t->strides[2] = kHuge;
+  CHECK(d.run().ok());
 }
 
 TEST(huge_blocks_are_whole_axes) {
