@@ -5,7 +5,6 @@
 #include <limits>
 #include <mutex>
 #include <string>
-#include <vector>
 
 #include "gpu/gpu.h"
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from test_builds import PATH
+
 ROOT = Path(__file__).parents[1]
 TREE = (
     "CMakeLists.txt",
@@ -72,11 +74,10 @@ def changes() -> dict[str, list[tuple[str, str]]]:
 
 def run(*command: str | Path, folder: Path, **environment: str) -> str:
     mine = {key: value for key, value in os.environ.items() if not key.startswith(("QUARK_", "PYTEST_"))}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env={**mine, "PATH": path, **environment},
+        env={**mine, "PATH": PATH, **environment},
         capture_output=True,
         text=True,
         check=False,

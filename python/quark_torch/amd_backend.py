@@ -117,6 +117,7 @@ class _Backend:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.strict: bool | None = None
+        self.release = (0, 0)  # of AMD Quark, once it has been found
         self.kernels: list[Kernels] = []
         self.compiled: list[Replacement] = []
         self.learned: list[Replacement] = []
@@ -127,7 +128,7 @@ class _Backend:
             if strict is not None and not self.kernels:
                 self._find()
             for kernels in self.kernels:
-                kernels.use(strict, requires.amd_quark_release(metadata.version("amd-quark")))
+                kernels.use(strict, self.release)
             for replacement in self.compiled:
                 replacement.use(strict is not None)
             for replacement in self.learned:
@@ -137,6 +138,7 @@ class _Backend:
     def _find(self) -> None:
         if problem := requires.amd_quark():
             raise problem
+        self.release = requires.amd_quark_release(metadata.version("amd-quark"))
         theirs = import_module("quark.torch.kernel")
         # AMD Quark compiles this one with Inductor, which would look past the operator.
         compiled = {"scaled_fake_quantize_compiled": getattr(theirs, "scaled_fake_quantize", None)}

@@ -15,11 +15,11 @@ import torch
 from torch.nn.functional import hardshrink
 
 from quark_kernels import documented
-from quark_kernels.documented import CASTS, FP8, INTEGERS, MINIFLOATS
+from quark_kernels.documented import CASTS, FP8, FP8_FORMATS, INTEGERS, MINIFLOATS
 from quark_kernels.schema import OpSpec, Shape
 from quark_torch import kernel
 from quark_torch.functions import arrange, given, kind, one
-from quark_torch.ops import call, planned
+from quark_torch.ops import call, dtype_name, planned
 
 Tensor = torch.Tensor
 
@@ -91,8 +91,6 @@ def _integer_zero_point(zero_point: Tensor) -> Tensor:
 
 
 # ---- fp8 -------------------------------------------------------------------------------------------------------------
-
-FP8_DTYPES = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 
 
 def _as_documented(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -235,11 +233,13 @@ def dequantize(
 
 def dequantize_fp8_per_block(rules: Rules, q: Tensor, scale: Tensor, block_size: list[int] | None) -> Tensor:
     """Compute ``dequantize_fp8_per_block``. Scales that divide the axes say themselves how large a block is."""
-    _decline_if(q.dim() != 2 or scale.dim() != 2 or q.dtype not in FP8_DTYPES or not scale.numel())
+    name = FP8_FORMATS.get(dtype_name(q.dtype))
+    if name is None or q.dim() != 2 or scale.dim() != 2 or not scale.numel():
+        raise DeclinedError
     divides = all(n % count == 0 for n, count in zip(q.shape, scale.shape, strict=True))
     _decline_if(not divides and block_size is None)
     block = _tile(tuple(q.shape), tuple(scale.shape)) if divides else tuple(block_size or ())
-    spec = OpSpec((FP8_DTYPES[q.dtype], "ieee"), block, dtype="float32")
+    spec = OpSpec((name, "ieee"), block, dtype="float32")
     return call("dequantize", [q, scale.float(), None], spec)  # type: ignore[no-any-return]
 
 
